@@ -1,0 +1,12 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.tiny import build_artifact
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(2)
+    return build_artifact(tmp_path_factory.mktemp("engine") / "tiny")

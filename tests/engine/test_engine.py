@@ -1,0 +1,278 @@
+"""The engine against `model.generate` one by one, and its manners: aborts, refusals, draining."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from mqwen.engine.engine import Engine, EngineSettings
+from mqwen.engine.request import (
+    ContextLengthError,
+    EngineClosedError,
+    EngineFailedError,
+    InvalidPictureError,
+    Request,
+    RequestError,
+    TokenEvent,
+)
+from mqwen.model import MQWenCache, MQWenLMHeadModel
+from mqwen.model.chat import encode_chat
+from mqwen.model.processor import MQWenProcessor
+from tests.engine.tiny import picture
+
+QUESTIONS = ["Which digit?", "图片里是哪个数字？", "How many digits are there in the picture?", "总和"]
+
+
+@pytest.fixture(scope="module")
+def processor(artifact: Path) -> MQWenProcessor:
+    return MQWenProcessor.from_pretrained(artifact)
+
+
+@pytest.fixture(scope="module")
+def model(artifact: Path) -> MQWenLMHeadModel:
+    return MQWenLMHeadModel.from_pretrained(artifact).eval()
+
+
+def prompt(processor: MQWenProcessor, text: str, pictures: int) -> list[int]:
+    parts = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
+    messages = [{"role": "user", "content": parts}]
+    return encode_chat(processor.tokenizer, messages, add_generation_prompt=True).input_ids
+
+
+def requests(processor: MQWenProcessor, count: int, **options: object) -> list[Request]:
+    random = Random(0)
+    made = []
+    for number in range(count):
+        pictures = [picture(random.randrange(6)) for _ in range(random.choice([0, 1, 1, 2, 3]))]
+        text = random.choice(QUESTIONS) * random.randrange(1, 5)
+        ids = prompt(processor, text, len(pictures))
+        made.append(Request(str(number), ids, pictures, max_tokens=random.randrange(1, 20), **options))  # type: ignore[arg-type]
+    return made
+
+
+def one_by_one(model: MQWenLMHeadModel, processor: MQWenProcessor, request: Request) -> list[int]:
+    """Greedy tokens from transformers' generate, the request by itself."""
+    pixels = [torch.from_numpy(processor.normalize(processor.pixels(one))) for one in request.pictures]
+    ids = torch.tensor([list(request.input_ids)])
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids,
+            pixel_values=torch.stack(pixels) if pixels else None,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=request.max_tokens,
+            past_key_values=MQWenCache(),
+            do_sample=False,
+            suppress_tokens=[model.config.image_token_id],
+            eos_token_id=processor.tokenizer.stop_ids,
+            pad_token_id=processor.tokenizer.eod_id,
+        )
+    return out[0, ids.shape[1] :].tolist()
+
+
+async def collect(engine: Engine, request: Request) -> list[TokenEvent]:
+    return [event async for event in engine.generate(request)]
+
+
+def tokens(events: list[TokenEvent]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+def with_engine(
+    model: MQWenLMHeadModel,
+    processor: MQWenProcessor,
+    use: Callable[[Engine], Awaitable[None]],
+    settings: EngineSettings | None = None,
+) -> None:
+    async def main() -> None:
+        engine = Engine(model, processor, settings)
+        try:
+            await asyncio.wait_for(use(engine), timeout=60)
+        finally:
+            await engine.drain()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("settings", [EngineSettings(), EngineSettings(max_batch_size=3, picture_cache_bytes=0)])
+def test_greedy_tokens_are_those_of_generate_alone_and_in_company(
+    model: MQWenLMHeadModel, processor: MQWenProcessor, settings: EngineSettings
+) -> None:
+    asked = requests(processor, 24)
+    expected = [one_by_one(model, processor, request) for request in asked]
+    assert len({tuple(one) for one in expected}) > len(asked) // 2, "the tiny model says the same to everybody"
+
+    async def use(engine: Engine) -> None:
+        alone = [tokens(await collect(engine, request)) for request in asked[:4]]
+        assert alone == expected[:4]
+        in_company = await asyncio.gather(*(collect(engine, request) for request in asked))
+        assert [tokens(events) for events in in_company] == expected
+        for request, events in zip(asked, in_company, strict=True):
+            text = processor.tokenizer.decode(tokens(events), skip_special_tokens=True)
+            assert "".join(event.text for event in events) == text
+            last = events[-1]
+            stopped = last.token_ids[-1] in processor.tokenizer.stop_ids
+            assert last.finish_reason == ("stop" if stopped else "length")
+            assert last.completion_tokens == len(tokens(events))
+            assert last.prompt_tokens == len(request.input_ids) + 35 * len(request.pictures)
+            assert all(event.finish_reason is None for event in events[:-1])
+
+    with_engine(model, processor, use, settings)
+
+
+def test_seeded_samples_are_the_same_alone_and_in_company(model: MQWenLMHeadModel, processor: MQWenProcessor) -> None:
+    asked = requests(processor, 8, temperature=1.0, top_p=0.9, seed=5)
+
+    async def use(engine: Engine) -> None:
+        alone = [tokens(await collect(engine, request)) for request in asked]
+        in_company = await asyncio.gather(*(collect(engine, request) for request in asked))
+        assert [tokens(events) for events in in_company] == alone
+        other = [Request(**{**vars(request), "seed": 6}) for request in asked]
+        assert [tokens(await collect(engine, request)) for request in other] != alone
+
+    with_engine(model, processor, use)
+
+
+def test_a_stop_text_ends_the_answer_before_it(model: MQWenLMHeadModel, processor: MQWenProcessor) -> None:
+    request = Request("a", prompt(processor, "Which digit?", 0), max_tokens=30)
+
+    async def use(engine: Engine) -> None:
+        text = "".join(event.text for event in await collect(engine, request))
+        stop = text[len(text) // 2 :][:3]
+        events = await collect(engine, Request("b", request.input_ids, max_tokens=30, stop=[stop]))
+        assert "".join(event.text for event in events) == text[: text.index(stop)]
+        assert events[-1].finish_reason == "stop"
+
+    with_engine(model, processor, use)
+
+
+def test_pictures_are_encoded_once(model: MQWenLMHeadModel, processor: MQWenProcessor) -> None:
+    encoded = []
+    handle = model.visual.register_forward_pre_hook(
+        lambda _, args, kwargs: encoded.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+    )
+    ids = prompt(processor, "Which digit?", 2)
+
+    async def use(engine: Engine) -> None:
+        await collect(engine, Request("a", ids, [picture(1), picture(2)], max_tokens=2))
+        same = [Request(str(i), ids, [picture(1), picture(3)], max_tokens=2) for i in range(4)]
+        await asyncio.gather(*(collect(engine, request) for request in same))
+        pixels = processor.pixels(picture(4))
+        await collect(engine, Request("b", ids, [pixels, pixels], max_tokens=2))
+        assert engine.stats().pictures_encoded == 4
+        assert engine.stats().pictures_reused >= 3
+        assert engine.stats().picture_cache_bytes == 4 * 36 * 128 * 4
+
+    try:
+        with_engine(model, processor, use)
+    finally:
+        handle.remove()
+    assert sum(encoded) == 4
+
+
+def test_refused_requests_leave_their_neighbours_alone(model: MQWenLMHeadModel, processor: MQWenProcessor) -> None:
+    ids = prompt(processor, "Which digit?", 1)
+    good = Request("good", ids, [picture(1)], max_tokens=5)
+    expected = one_by_one(model, processor, good)
+    refused: list[tuple[Request, type[RequestError], str]] = [
+        (Request("1", ids, [b"no picture"], max_tokens=5), InvalidPictureError, "Picture 1: 10 bytes are no picture"),
+        (Request("2", ids, [picture(1)[:200]], max_tokens=5), InvalidPictureError, "Picture 1"),
+        (Request("3", ids, [picture(1), picture(2)], max_tokens=5), InvalidPictureError, "2 pictures .* 1 placeholder"),
+        (Request("4", ids, [], max_tokens=5), InvalidPictureError, "0 pictures .* 1 placeholder"),
+        (Request("5", ids, [picture(1)], max_tokens=513), ContextLengthError, "513 tokens to generate.* 512"),
+        (Request("6", ids * 20, [picture(1)] * 20), ContextLengthError, "the context has 512"),
+        (Request("7", [], max_tokens=5), RequestError, "empty"),
+        (Request("8", [10**6], max_tokens=5), RequestError, "1000000"),
+        (Request("9", ids, [processor.pixels(picture(1))[:, :8]], max_tokens=5), InvalidPictureError, "48"),
+        (Request("10", ids, [picture(1)], max_tokens=5, temperature=-1), RequestError, "temperature"),
+        (Request("11", ids, [picture(1)], max_tokens=0), RequestError, "max_tokens"),
+    ]
+
+    async def use(engine: Engine) -> None:
+        tries = [collect(engine, request) for request, _, _ in refused]
+        events, *errors = await asyncio.gather(collect(engine, good), *tries, return_exceptions=True)
+        assert not isinstance(events, BaseException)
+        assert tokens(events) == expected
+        for (_, kind, message), error in zip(refused, errors, strict=True):
+            with pytest.raises(kind, match=message):
+                raise error  # type: ignore[misc]
+        assert engine.stats().failed == 0
+
+    with_engine(model, processor, use)
+
+
+def test_a_closed_iterator_aborts_and_others_go_on(model: MQWenLMHeadModel, processor: MQWenProcessor) -> None:
+    ids = prompt(processor, "总和", 0)
+    good = Request("good", ids, max_tokens=40)
+    expected = one_by_one(model, processor, good)
+
+    async def use(engine: Engine) -> None:
+        left = engine.generate(Request("left", ids, max_tokens=400, temperature=1.0, seed=1))
+        cancelled = asyncio.create_task(collect(engine, Request("cancelled", ids, max_tokens=400, temperature=1.0)))
+        staying = asyncio.create_task(collect(engine, good))
+        await anext(left)
+        await left.aclose()
+        cancelled.cancel()
+        assert tokens(await staying) == expected
+        await until(lambda: engine.stats().running == 0)
+        assert engine.stats().aborted >= 1
+        assert engine.stats().generated_tokens < 400
+
+    with_engine(model, processor, use)
+
+
+def test_abort_by_id_ends_the_iterator(model: MQWenLMHeadModel, processor: MQWenProcessor) -> None:
+    request = Request("a", prompt(processor, "总和", 0), max_tokens=400, temperature=2.0, seed=3)
+
+    async def use(engine: Engine) -> None:
+        events = []
+        async for event in engine.generate(request):
+            events.append(event)
+            engine.abort("a")
+        assert events[-1].finish_reason == "abort"
+        assert len(events) < 400
+        engine.abort("unknown")
+
+    with_engine(model, processor, use)
+
+
+def test_drain_finishes_what_runs_and_refuses_what_comes(model: MQWenLMHeadModel, processor: MQWenProcessor) -> None:
+    asked = requests(processor, 6)
+
+    async def main() -> None:
+        engine = Engine(model, processor)
+        started = [asyncio.create_task(collect(engine, request)) for request in asked]
+        await asyncio.sleep(0)  # lets them begin
+        await asyncio.wait_for(engine.drain(), timeout=60)
+        assert {events[-1].finish_reason for events in await asyncio.gather(*started)} <= {"stop", "length"}
+        assert not engine.health()
+        with pytest.raises(EngineClosedError):
+            await collect(engine, asked[0])
+
+    asyncio.run(main())
+
+
+def test_failing_steps_fail_their_requests_and_then_the_engines_health(
+    artifact: Path, processor: MQWenProcessor
+) -> None:
+    model = MQWenLMHeadModel.from_pretrained(artifact).eval()
+    del model.transformer.ln_f.weight
+    request = Request("a", prompt(processor, "总和", 0), max_tokens=4)
+
+    async def use(engine: Engine) -> None:
+        for _ in range(3):
+            assert engine.health()
+            with pytest.raises(EngineFailedError):
+                await collect(engine, request)
+        assert not engine.health()
+        assert engine.stats().failed == 3
+
+    with_engine(model, processor, use)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
