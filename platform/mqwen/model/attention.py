@@ -1,0 +1,123 @@
+"""Attention over rows of every layout, by the best kernel that the device, the dtype and the layout allow.
+
+Shapes: B rows, L query positions, K key positions, H heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from mqwen.model.splice import Expanded, Layout, run_starts
+
+# The flag for causal attention was renamed while varlen_attn was young; torch 2.13 has window_size.
+_CAUSAL: dict[str, Any] = (
+    {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {"is_causal": True}
+)
+
+
+class AttentionPlan:
+    """What all layers of one forward share: rotary tables, logn factors, and who may see whom.
+
+    A plain object on purpose: FSDP's mixed precision casts the floating tensors among a block's arguments, and would
+    turn the tables into bfloat16.
+
+    Attributes:
+        cos, sin: (B, L, D / 2) or (1, L, D / 2), float32.
+        logn: (B, L) or (1, L), float32, factors of the queries; or None.
+        causal: every place sees all places before it in its row, and nothing else must be kept from it.
+        runs: (first, past the last) of each run of places that see one another, in the flattened (B * L).
+        offsets: (number of runs + 1,), int32: the same for the variable-length kernel.
+        longest: positions of the longest run.
+        mask: (B or 1, 1, L, K), bool: True where a query may see a key.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor, logn: Tensor | None) -> None:
+        self.cos = cos
+        self.sin = sin
+        self.logn = logn
+        self.causal = False
+        self.runs: list[tuple[int, int]] | None = None
+        self.offsets: Tensor | None = None
+        self.longest = 0
+        self.mask: Tensor | None = None
+
+    def see(self, expanded: Expanded, past_length: int, key_mask: Tensor | None) -> None:
+        """Decide who sees whom.
+
+        Args:
+            expanded: the rows of this call.
+            past_length: places in the cache before this call.
+            key_mask: (B, K), 1 where a key is a token, as the cache holds it after this call; None where all are.
+        """
+        rows, length = expanded.ids.shape
+        segments = expanded.segments
+        device = expanded.ids.device
+        if past_length == 0:
+            if expanded.layout in (Layout.FULL, Layout.PREFIX):
+                self.causal = True  # padding at the end is seen by nothing that counts
+                return
+            assert segments is not None
+            if expanded.layout is Layout.RUNS and device.type != "cpu":
+                first = run_starts(segments).flatten().nonzero().flatten()
+                bounds = [*first.tolist(), rows * length]
+                self.runs = list(pairwise(bounds))
+                self.offsets = F.pad(first, (0, 1), value=rows * length).int()
+                self.longest = max(stop - start for start, stop in self.runs)
+                return
+            keys = queries = segments
+        else:
+            if key_mask is None:
+                if length > 1:
+                    self.mask = _bottom_right(length, past_length + length, device)
+                return
+            keys = key_mask
+            queries = key_mask[:, past_length:]
+        # Equality also lets padding see padding: a query that sees nothing at all would give NaN.
+        self.mask = (queries.unsqueeze(2) == keys.unsqueeze(1)).unsqueeze(1)
+        if length > 1:
+            self.mask = self.mask & _bottom_right(length, keys.shape[1], device)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    """Softmax(q k^T / sqrt(D)) v over the keys that `plan` lets each query see.
+
+    Args:
+        query: (B, L, H, D), rotated.
+        key, value: (B, K, H, D); K = L but where a cache precedes.
+
+    Returns:
+        (B, L, H, D).
+    """
+    if plan.runs is not None:
+        return _attend_runs(query, key, value, plan)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, is_causal=plan.causal and q.shape[2] > 1)
+    return mixed.transpose(1, 2)
+
+
+def _attend_runs(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    """Runs that cannot see each other, without a mask: one variable-length kernel, or else run by run."""
+    assert plan.runs is not None and plan.offsets is not None
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        mixed = varlen_attn(q, k, v, plan.offsets, plan.offsets, plan.longest, plan.longest, **_CAUSAL)
+        assert isinstance(mixed, Tensor)
+        return mixed.view_as(query)
+    parts = []
+    for start, stop in plan.runs:
+        run_q, run_k, run_v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        mixed = F.scaled_dot_product_attention(run_q, run_k, run_v, is_causal=True)
+        parts.append(mixed.squeeze(0).transpose(0, 1))
+    return torch.cat(parts).view_as(query)
+
+
+def _bottom_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The last query sees all keys, each one before it one less: (queries, keys), bool."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

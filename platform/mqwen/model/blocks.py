@@ -1,0 +1,96 @@
+"""The modules that parameters live in, under the names of Qwen v1 and of CLIP.
+
+Shapes: B rows, L positions, C hidden channels, H heads, D channels of a head, N pictures, P positions of a picture.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mqwen.model.attention import AttentionPlan, attend
+from mqwen.model.cache import MQWenCache
+from mqwen.model.configuration import MQWenConfig
+from mqwen.model.rotary import rotate
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, 2019): normalised in float32, scaled in x's dtype."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Multi-head attention; c_attn is query, key and value in one, with a bias, c_proj has none."""
+
+    def __init__(self, config: MQWenConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = config.num_attention_heads
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, plan: AttentionPlan, cache: MQWenCache | None) -> Tensor:
+        rows, length, _ = hidden.shape
+        qkv = self.c_attn(hidden).view(rows, length, 3, self.heads, -1)
+        rotated = rotate(qkv[:, :, :2], plan.cos[:, :, None, None], plan.sin[:, :, None, None])
+        query, key, value = rotated[:, :, 0], rotated[:, :, 1], qkv[:, :, 2]
+        if plan.logn is not None:
+            query = query * plan.logn[:, :, None, None].type_as(query)
+        if cache is not None:
+            keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer)
+            key, value = keys.transpose(1, 2), values.transpose(1, 2)
+        return self.c_proj(attend(query, key, value, plan).reshape(rows, length, -1))
+
+
+class MLP(nn.Module):
+    """c_proj(w1(x) * silu(w2(x))): w2 is the gate (SwiGLU, Shazeer 2020). The width is intermediate_size / 2."""
+
+    def __init__(self, config: MQWenConfig) -> None:
+        super().__init__()
+        width = config.intermediate_size // 2
+        self.w1 = nn.Linear(config.hidden_size, width, bias=False)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=False)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+
+
+class Block(GradientCheckpointingLayer):
+    """One layer: (B, L, C) to (B, L, C). With a cache, appends the layer's keys and values to it."""
+
+    def __init__(self, config: MQWenConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden: Tensor, plan: AttentionPlan, past_key_values: MQWenCache | None = None) -> Tensor:
+        hidden = hidden + self.attn(self.ln_1(hidden), plan, past_key_values)
+        return hidden + self.mlp(self.ln_2(hidden))
+
+
+class VisionTower(nn.Module):
+    """CLIP's vision tower, under its published names (visual.vision_model.*).
+
+    Pictures (N, 3, H, W), normalised, become (N, P, vision channels): the last layer's patches, without the class
+    token and without post_layernorm, which CLIP applies to the class token only.
+    """
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.vision_model = CLIPVisionModel(config)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.vision_model(pixel_values=pictures).last_hidden_state[:, 1:]

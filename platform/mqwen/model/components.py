@@ -1,0 +1,163 @@
+"""Reading and writing folders: published Qwen and CLIP checkpoints in, our artifact in and out. Safetensors only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mqwen.model.configuration import MQWenConfig
+from mqwen.model.errors import CheckpointError
+
+Folder = str | os.PathLike[str]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or the shards that its index names.
+
+    Raises:
+        CheckpointError: a file is missing, or the folder holds other formats only.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder")
+    if (folder / INDEX).exists():
+        shards = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
+            raise CheckpointError(f"{folder / INDEX} has no weight_map of file names in this folder")
+        files = [folder / name for name in sorted(set(shards.values()))]
+    else:
+        files = [folder / WEIGHTS]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{folder} has no {file.name}; weights are read from safetensors only")
+    return files
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a folder, one at a time.
+
+    Raises:
+        CheckpointError: a file is missing or truncated.
+    """
+    for file in weight_files(folder):
+        yield from read_safetensors(file)
+
+
+def read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of one file, one at a time.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or no safetensors.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                yield name, tensors.get_tensor(name)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from None
+
+
+def load_artifact(load: Callable[..., Any], directory: Folder, options: dict[str, Any]) -> Any:
+    """Run transformers' from_pretrained on a local folder, and accept nothing but a full match."""
+    folder = Path(directory)
+    for file in weight_files(folder):
+        for _ in _headers(file):
+            pass
+    read_json(folder / "config.json")
+    asked = options.pop("output_loading_info", False)
+    model, info = load(folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options)
+    problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    for kind, names in problems.items():
+        if names:
+            raise CheckpointError(f"{folder} does not hold this model: {len(names)} {kind}, first {names[0]}")
+    return (model, info) if asked else model
+
+
+def _headers(file: Path) -> Iterator[str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield from tensors.keys()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from None
+
+
+def components_config(qwen: Folder, clip: Folder, image_token_id: int | None) -> MQWenConfig:
+    """Configuration for a published Qwen v1 folder and a published CLIP folder."""
+    language = read_json(Path(qwen) / "config.json")
+    if language.get("model_type") != "qwen":
+        raise CheckpointError(f"{qwen} is of model_type {language.get('model_type')!r}, not Qwen v1's 'qwen'")
+    vision = read_json(Path(clip) / "config.json")
+    vision = vision.get("vision_config") or vision
+    if vision.get("model_type", "clip_vision_model") != "clip_vision_model":
+        raise CheckpointError(f"{clip} is of model_type {vision.get('model_type')!r}, not CLIP")
+    known = MQWenConfig().to_dict().keys() - {"model_type", "transformers_version", "architectures", "dtype"}
+    fields = {name: value for name, value in language.items() if name in known}
+    fields |= {name: language[name] for name in ("attn_dropout_prob", "emb_dropout_prob") if language.get(name)}
+    processor = Path(clip) / "preprocessor_config.json"
+    if processor.exists():
+        fields |= {k: v for k, v in read_json(processor).items() if k in ("image_mean", "image_std")}
+    if image_token_id is not None:
+        fields["image_token_id"] = image_token_id
+    return MQWenConfig(**fields, vision_config=vision)
+
+
+def component_weights(qwen: Folder, clip: Folder, projector: Folder | None) -> Iterator[tuple[str, Tensor]]:
+    """The published folders' tensors under this model's names; those of CLIP's text side are left out."""
+    for name, tensor in read_weights(Path(qwen)):
+        if not name.endswith("rotary_emb.inv_freq"):  # old exports hold this buffer; it is computed here
+            yield name, tensor
+    for name, tensor in read_weights(Path(clip)):
+        if name.startswith("vision_model.") and not name.endswith("position_ids"):
+            yield f"visual.{name}", tensor
+    if projector is not None:
+        for name, tensor in read_safetensors(Path(projector)):
+            yield f"feature_proj.{name}", tensor
+
+
+def load_components(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]], *, projector: bool) -> None:
+    """Copy tensors into the model by name.
+
+    Raises:
+        CheckpointError: a name that the model lacks, a parameter that got none, or another shape.
+    """
+    parameters = dict(model.named_parameters())
+    waiting = {name for name in parameters if projector or not name.startswith("feature_proj.")}
+    for name, tensor in weights:
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise CheckpointError(f"{name} is no parameter of this model")
+        if parameter.shape != tensor.shape:
+            raise CheckpointError(f"{name} is {tuple(tensor.shape)}, the configuration asks {tuple(parameter.shape)}")
+        with torch.no_grad():
+            parameter.copy_(tensor)
+        waiting.discard(name)
+    if waiting:
+        raise CheckpointError(f"{len(waiting)} parameters are in none of the files, first {min(waiting)}")

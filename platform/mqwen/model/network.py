@@ -1,0 +1,481 @@
+"""MQWenModel and MQWenLMHeadModel: Qwen v1 that reads pictures through a CLIP vision tower.
+
+Shapes: B rows, T ids of a row as given, L positions of a row after expansion, K key positions, N pictures,
+P positions of a picture, C hidden channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from mqwen.model.attention import AttentionPlan
+from mqwen.model.blocks import Block, RMSNorm, VisionTower
+from mqwen.model.cache import MQWenCache
+from mqwen.model.components import (
+    Folder,
+    component_weights,
+    components_config,
+    load_artifact,
+    load_components,
+)
+from mqwen.model.configuration import MQWenConfig
+from mqwen.model.errors import CacheError, GenerationError, PictureCountError, PictureShapeError, SegmentError
+from mqwen.model.loss import labelled_loss, token_loss
+from mqwen.model.rotary import logn_factors, ntk_alpha, rotary_tables
+from mqwen.model.splice import Expanded, PaddingSide, expand, lengths_of, positions_of
+
+
+class MQWenPreTrainedModel(PreTrainedModel):
+    """What both models share with transformers: configuration, initial values, checkpointing of blocks."""
+
+    config_class = MQWenConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Block", "CLIPEncoderLayer"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal with initializer_range; what writes to the residual stream is scaled by 1 / sqrt(2 * layers)."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, Block):
+            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            for projection in (module.attn.c_proj, module.mlp.c_proj):
+                init.normal_(projection.weight, std=std)
+
+
+class MQWenModel(MQWenPreTrainedModel):
+    """Qwen v1's transformer, with picture features in the places of the placeholders."""
+
+    def __init__(self, config: MQWenConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
+        self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.wte = value
+
+    def expand(
+        self,
+        input_ids: Tensor,
+        pictures: int,
+        *,
+        past_key_values: MQWenCache | None = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        padding_side: PaddingSide = "right",
+    ) -> Expanded:
+        """`splice.expand` with this model's constants; the rows come out on the model's device."""
+        if past_key_values is not None:
+            attention_mask = past_key_values.mask_of_new(attention_mask, input_ids.shape[1])
+        return expand(
+            input_ids,
+            pictures,
+            image_token_id=self.config.image_token_id,
+            image_positions=self.config.image_positions,
+            vocab_size=self.config.vocab_size,
+            labels=labels,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            padding_side=padding_side,
+        ).to(self.wte.weight.device)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        images: Tensor | None = None,
+        past_key_values: MQWenCache | None = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        padding_side: PaddingSide = "right",
+        expanded: Expanded | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the expanded rows.
+
+        Args:
+            images: (N, P, C), projected features of the pictures, in the placeholders' row-major order.
+            expanded: the rows as `self.expand` returns them, from a caller that needs them too; ids, mask, segment ids
+                and padding side are not looked at then.
+            other arguments: as MQWenLMHeadModel.forward.
+
+        Returns:
+            last_hidden_state (B, L, C), after ln_f; past_key_values; hidden_states if asked for: the embeddings and
+            each block's output, the last one after ln_f.
+        """
+        if expanded is None:
+            assert input_ids is not None, "input_ids or expanded"
+            expanded = self.expand(
+                input_ids,
+                0 if images is None else len(images),
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                segment_ids=segment_ids,
+                padding_side=padding_side,
+            )
+        if past_key_values is None and use_cache:
+            past_key_values = MQWenCache()
+        plan = self._plan(expanded, past_key_values)
+
+        hidden = self.wte(expanded.ids)
+        if images is not None:
+            features = images.to(hidden.device, hidden.dtype).flatten(0, 1)
+            hidden = hidden.flatten(0, 1).index_copy(0, expanded.slots, features).view_as(hidden)
+
+        states = [hidden]
+        for block in self.h:
+            hidden = block(hidden, plan, past_key_values=past_key_values)
+            states.append(hidden)
+        states[-1] = hidden = self.ln_f(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+    def _plan(self, expanded: Expanded, cache: MQWenCache | None) -> AttentionPlan:
+        """Rotary tables, logn factors and visibility, once for all layers; takes the rows into the cache.
+
+        Dynamic NTK and logn belong to eval mode: Qwen v1 trains without both.
+        """
+        config = self.config
+        extends = not self.training and (config.use_dynamic_ntk or config.use_logn_attn)
+        positions = positions_of(expanded)
+        past_length = 0
+        alpha = None
+        if cache is None:
+            if extends and expanded.ids.shape[1] > config.seq_length and config.use_dynamic_ntk:
+                alpha = ntk_alpha(lengths_of(expanded), config.seq_length)
+        else:
+            past_length = cache.key_length
+            if cache.lengths is not None:
+                positions = positions + cache.lengths.unsqueeze(1)
+            cache.append(expanded, positions)
+            if past_length == 0 and extends and config.use_dynamic_ntk:
+                cache.fix_alpha(config.seq_length)
+            alpha = None if cache.alpha is None else cache.alpha.unsqueeze(1)
+        cos, sin = rotary_tables(positions, alpha, config.rotary_dim, config.rotary_emb_base)
+        reaches = past_length + expanded.ids.shape[1] > config.seq_length
+        logn = logn_factors(positions, config.seq_length) if extends and config.use_logn_attn and reaches else None
+        plan = AttentionPlan(cos, sin, logn)
+        plan.see(expanded, past_length, None if cache is None else cache.mask)
+        return plan
+
+
+class MQWenLMHeadModel(MQWenPreTrainedModel, GenerationMixin):
+    """MQWenModel with a vision tower, a projector and a language-model head.
+
+    Parameters: `transformer.*` and `lm_head.*` as in Qwen v1, `visual.vision_model.*` as in CLIP, `feature_proj.0` and
+    `feature_proj.2` the projector (Linear, GELU, Linear).
+    """
+
+    def __init__(self, config: MQWenConfig) -> None:
+        super().__init__(config)
+        self.transformer = MQWenModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.visual = VisionTower(config.vision_config)
+        self.feature_proj = nn.Sequential(
+            nn.Linear(config.vision_config.hidden_size, config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.feature_proj:
+            self._init_projector()
+
+    def _init_projector(self) -> None:
+        for linear in (self.feature_proj[0], self.feature_proj[2]):
+            init.normal_(linear.weight, std=0.01)
+            init.zeros_(linear.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.wte
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Projected features of pictures, to be given to forward as `images`.
+
+        Args:
+            pixel_values: (N, 3, H, W) with H = W = vision_config.image_size. uint8: raw RGB, 0 to 255, normalised here,
+                on the device, by image_mean and image_std. Floating: already normalised.
+
+        Returns:
+            (N, P, C). With N = 0 one blank picture runs through tower and projector all the same and is cut off again:
+            every rank of a sharded model then runs the same collectives, and gradients (of zero) reach the projector.
+
+        Raises:
+            PictureShapeError: another shape or dtype.
+        """
+        size = self.config.vision_config.image_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise PictureShapeError(
+                f"pixel_values must be (pictures, 3, {size}, {size}), not {tuple(pixel_values.shape)}; "
+                "MQWenProcessor makes them so"
+            )
+        weight: Tensor = self.get_parameter("feature_proj.0.weight")
+        pictures = pixel_values.to(weight.device, non_blocking=True)
+        if pictures.dtype == torch.uint8:
+            channels = zip(pictures.unbind(1), self.config.image_mean, self.config.image_std, strict=True)
+            pictures = torch.stack([(c.float() / 255 - mean) / std for c, mean, std in channels], dim=1)
+        elif not pictures.is_floating_point():
+            raise PictureShapeError(
+                f"pixel_values must be uint8 (raw, 0..255) or floating (normalised), not {pictures.dtype}"
+            )
+        count = len(pictures)
+        if count == 0:
+            pictures = pictures.new_zeros(1, 3, size, size)
+        return self.feature_proj(self.visual(pictures.to(weight.dtype)))[:count]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        images: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        past_key_values: MQWenCache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor | Literal["labels"] = 0,
+        num_items_in_batch: Tensor | int | float | None = None,
+        padding_side: PaddingSide = "right",
+        **unused: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits, and the loss where labels are given.
+
+        One placeholder (config.image_token_id) in the ids stands for one picture; any number in a row. Labels, mask and
+        segment ids may come as long as the ids or as the expanded rows (see `splice.expand`). Given on the CPU, ids and
+        what goes with them are planned there and copied to the device without a wait.
+
+        Args:
+            input_ids: (B, T), integers. With a cache, the new ids only.
+            images: (N, P, C), features from `encode_images`; or
+            pixel_values: (N, 3, H, W), pictures as `encode_images` takes them, in the placeholders' row-major order.
+                (0, 3, H, W) keeps tower and projector in the graph for a batch without pictures.
+            past_key_values: what an earlier call returned; grows in place.
+            attention_mask: (B, T) or (B, L), 0 is padding, on either side; with a cache also the whole grown mask.
+            position_ids: taken for transformers' sake and ignored, as in Qwen v1: positions follow from masks,
+                segments and cache.
+            segment_ids: (B, T) or (B, L), packed rows: 0 padding, from 1 the conversation. Each conversation comes out
+                as if it were alone. Not with a cache.
+            labels: (B, T) or (B, L), -100 is ignored; the shift by one is done here.
+            use_cache: return a cache also where none is given.
+            logits_to_keep: 0 all positions; n the last n; (M,) integers those positions; "labels": the loss only, from
+                the labelled positions in chunks, and no logits.
+            num_items_in_batch: what the summed loss is divided by; None: the labelled positions of this batch.
+            padding_side: where rows that hold fewer pictures are filled up.
+
+        Returns:
+            loss (float32 scalar or None), logits (B, L or fewer, V) or None, past_key_values, hidden_states.
+
+        Raises:
+            MQWenError: one of its kinds for each way in which the arguments can contradict each other; see errors.py.
+        """
+        given = [name for name, value in unused.items() if value is not None and value is not False]
+        if given:
+            raise TypeError(f"MQWenLMHeadModel.forward does not take {', '.join(given)}")
+        if past_key_values is not None and not isinstance(past_key_values, MQWenCache):
+            raise CacheError(f"past_key_values must be an MQWenCache, not {type(past_key_values).__name__}")
+        if segment_ids is not None and (past_key_values is not None or use_cache):
+            raise SegmentError("packed rows (segment_ids) cannot be cached; give each conversation a row of its own")
+        if pixel_values is not None:
+            if images is not None:
+                raise PictureShapeError("give images (features) or pixel_values (pictures), not both")
+            images = self.encode_images(pixel_values)
+        self._check_features(images)
+        expanded = self.transformer.expand(
+            input_ids,
+            0 if images is None else len(images),
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            labels=labels,
+            padding_side=padding_side,
+        )
+        output = self.transformer(
+            images=images,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            expanded=expanded,
+        )
+        hidden = output.last_hidden_state
+        loss = logits = None
+        if isinstance(logits_to_keep, str):
+            if logits_to_keep != "labels" or expanded.labels is None:
+                raise ValueError(
+                    f'logits_to_keep={logits_to_keep!r}: a number, positions, or "labels" with labels given'
+                )
+            loss = labelled_loss(self.lm_head, hidden, expanded.labels, num_items_in_batch)
+        elif expanded.labels is not None:
+            logits = self.lm_head(hidden)
+            loss = token_loss(logits, expanded.labels, num_items_in_batch)
+            logits = logits[:, _kept(logits_to_keep)]
+        else:
+            logits = self.lm_head(hidden[:, _kept(logits_to_keep)])
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: MQWenCache | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        use_cache: bool | None = True,
+        images: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        logits_to_keep: int = 1,
+        **unused: Any,
+    ) -> dict[str, Any]:
+        """One step of transformers' generate: pictures go in with the prompt, afterwards only the new ids.
+
+        Given a cache of earlier turns, input_ids are the whole conversation (or the new turn alone), pictures those of
+        the new turn only.
+        """
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        with_pictures = is_first_iteration or not use_cache
+        return {
+            "input_ids": input_ids,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            "images": images if with_pictures else None,
+            "pixel_values": pixel_values if with_pictures else None,
+            "logits_to_keep": logits_to_keep,
+            "padding_side": "left",  # each row's last place must be its last token
+        }
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give generate an MQWenCache instead of transformers' DynamicCache."""
+        for name in ("cache_implementation", "prefill_chunk_size"):
+            if getattr(generation_config, name, None) is not None:
+                raise GenerationError(
+                    f"generate does not take {name}: sequences are kept in an MQWenCache, prompts go in at once; "
+                    "for chunks call forward with MQWenCache(prompt_lengths=...)"
+                )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = MQWenCache()
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeat rows for beams or several answers; a row's pictures are encoded once and stay together."""
+        pixel_values, images = model_kwargs.pop("pixel_values", None), model_kwargs.pop("images", None)
+        if pixel_values is not None:
+            images = self.encode_images(pixel_values)
+        if images is not None and expand_size > 1:
+            assert input_ids is not None
+            counts = (input_ids == self.config.image_token_id).sum(1).tolist()
+            if sum(counts) != len(images):
+                raise PictureCountError(sum(counts), len(images))
+            images = torch.cat([part for row in images.split(counts) for part in [row] * expand_size])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "images": images}
+
+    def _check_features(self, images: Tensor | None) -> None:
+        expected = (self.config.image_positions, self.config.hidden_size)
+        if images is not None and (images.dim() != 3 or tuple(images.shape[1:]) != expected):
+            raise PictureShapeError(
+                f"images must be features (pictures, {expected[0]}, {expected[1]}), not {tuple(images.shape)}; "
+                "encode_images makes them from pixel_values"
+            )
+
+    @classmethod
+    def from_components(
+        cls,
+        qwen: Folder,
+        clip: Folder,
+        projector: Folder | None = None,
+        adapter: Folder | None = None,
+        image_token_id: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> MQWenLMHeadModel:
+        """Build the model from published parts.
+
+        Args:
+            qwen: folder of a Qwen v1 checkpoint (config.json, safetensors).
+            clip: folder of a CLIP checkpoint; its vision tower is taken, and its pixel statistics.
+            projector: safetensors file with 0.weight, 0.bias, 2.weight, 2.bias; None: freshly initialised.
+            adapter: folder of a LoRA adapter to merge into the weights, see `adapters.read_adapter`.
+            image_token_id: the placeholder; None: <|extra_0|> of Qwen's vocabulary, 151646.
+            dtype: of all parameters.
+
+        Returns:
+            The model, in eval mode, on the CPU.
+
+        Raises:
+            CheckpointError: a file is missing, truncated, or holds another model's weights.
+            ConfigurationError: a configuration that this network does not compute.
+            AdapterError: an adapter for other modules.
+        """
+        config = components_config(qwen, clip, image_token_id)
+        with init.no_init_weights():
+            model = cls(config).to(dtype)
+        if projector is None:
+            model._init_projector()
+        load_components(model, component_weights(qwen, clip, projector), projector=projector is not None)
+        if adapter is not None:
+            raise NotImplementedError("adapters come with adapters.py")
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, directory: Folder, **kwargs: Any) -> MQWenLMHeadModel:
+        """Read the artifact that `save_pretrained` wrote: config.json and safetensors in a local folder.
+
+        Keyword arguments go to transformers' from_pretrained (dtype, device_map, ...).
+
+        Raises:
+            CheckpointError: no such folder, a file that is missing or truncated, or weights that are not this model's.
+        """
+        return load_artifact(super().from_pretrained, directory, kwargs)
+
+
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """Index of the positions whose logits are asked for; slice(-0, None) takes all."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+
+
+AutoModelForCausalLM.register(MQWenConfig, MQWenLMHeadModel)

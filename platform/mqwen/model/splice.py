@@ -1,0 +1,282 @@
+"""Where pictures enter a row: one routine expands ids, labels, masks and segment ids, for training and for serving.
+
+A placeholder in the ids stands for one picture and becomes `image_positions` positions. Everything here is integers;
+the picture features are put into the embeddings at `Expanded.slots` later.
+
+Shapes: B rows, T ids of a row as given, L positions of a row after expansion, P positions of a picture, N pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mqwen.model.errors import LengthError, PictureCountError, SegmentError, TokenRangeError
+
+IGNORE = -100  # a label that no loss is computed for
+
+PaddingSide = Literal["left", "right"]
+
+
+class Layout(Enum):
+    """How the rows are filled, which decides on the attention kernel."""
+
+    FULL = "every position is a token of one conversation"
+    PREFIX = "one conversation a row, padding only at its end"
+    RUNS = "conversations and padding are unbroken runs"
+    HOLES = "a conversation with masked positions inside"
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """Rows after expansion.
+
+    Attributes:
+        ids: (B, L), int64; picture positions hold the placeholder's id, padding that expansion added holds 0.
+        labels: (B, L), int64, or None. Aligned with ids (the shift by one is the loss's); -100 at picture positions,
+            padding, and each conversation's first token, which nothing inside of the conversation predicts.
+        segments: (B, L), int64, or None when layout is FULL: 0 padding, from 1 the conversation.
+        slots: (N * P,), int64: places of the picture positions in the flattened (B * L), in the pictures' order.
+        layout: how the rows are filled.
+        token_count: T.
+    """
+
+    ids: Tensor
+    labels: Tensor | None
+    segments: Tensor | None
+    slots: Tensor
+    layout: Layout
+    token_count: int
+
+    def to(self, device: torch.device) -> Expanded:
+        """The same on another device, copied without waiting."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        ids, slots = move(self.ids), move(self.slots)
+        assert ids is not None and slots is not None
+        return Expanded(ids, move(self.labels), move(self.segments), slots, self.layout, self.token_count)
+
+
+def expand(
+    input_ids: Tensor,
+    pictures: int,
+    *,
+    image_token_id: int,
+    image_positions: int,
+    vocab_size: int,
+    labels: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    padding_side: PaddingSide = "right",
+) -> Expanded:
+    """Replace each placeholder by `image_positions` positions.
+
+    Labels, mask and segment ids may each be as long as input_ids (they are expanded here) or as long as the result
+    (they are taken as they are). Rows with fewer pictures come out shorter and are padded on `padding_side`.
+    The host reads from input_ids' device once, so ids on the CPU cost an accelerator no wait.
+
+    Args:
+        input_ids: (B, T), integers in 0..vocab_size - 1.
+        pictures: N, how many pictures were given for all rows together.
+        labels: (B, T) or (B, L), integers; -100 is ignored.
+        attention_mask: (B, T) or (B, L); 0 is padding, everything else a token.
+        segment_ids: (B, T) or (B, L), integers; 0 is padding, else the conversation's number, each conversation one
+            run, numbers rising along the row. One conversation cannot see another.
+
+    Raises:
+        PictureCountError: placeholders and pictures differ in number.
+        TokenRangeError: an id outside of the vocabulary.
+        LengthError: labels, mask or segment ids of neither length.
+        SegmentError: a conversation in pieces, or numbers that do not rise.
+    """
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise LengthError(f"input_ids must be (rows, positions) with at least one of each, not {_shape(input_ids)}")
+    ids = input_ids.long()
+    rows, width = ids.shape
+    device = ids.device
+    filled = _filled(ids, attention_mask, segment_ids)
+    is_picture = ids == image_token_id
+    if filled is not None and filled.shape[1] == width:
+        is_picture = is_picture & (filled > 0)
+
+    # Per row: the place after expansion of each id, where the row ends, and how many places its tokens need.
+    widths = torch.where(is_picture, image_positions, 1)
+    stops = widths.cumsum(1)
+    starts, ends = stops - widths, stops[:, -1:]
+    needed = ends
+    if filled is not None and filled.shape[1] == width:
+        needed = _needed(starts, stops, filled > 0, padding_side)
+
+    counts, needs, smallest, largest, layout = _read(ids, is_picture, needed, filled, segment_ids)
+    if smallest < 0 or largest >= vocab_size:
+        wrong = smallest if smallest < 0 else largest
+        raise TokenRangeError(f"token id {wrong} lies outside of the vocabulary, 0..{vocab_size - 1}")
+    if sum(counts) != pictures:
+        raise PictureCountError(sum(counts), pictures)
+
+    growth = [count * (image_positions - 1) for count in counts]
+    given = {"labels": labels, "attention_mask": attention_mask, "segment_ids": segment_ids}
+    length = _length(given, rows, width, width + max(growth), width if not pictures else max(needs))
+    if pictures == 0:
+        slots = torch.empty(0, dtype=torch.long, device=device)
+        segments = None if layout is Layout.FULL else filled
+        return Expanded(ids, _clean(labels, segments, slots), segments, slots, layout, width)
+
+    if padding_side == "left":
+        starts, ends = starts + (length - ends), torch.full_like(ends, length)
+    cut = (starts < 0).sum(1, keepdim=True)  # leading padding that did not fit
+    bins = torch.where((starts >= 0) & (starts < length), starts, length)
+    marks = torch.zeros(rows, length + 1, dtype=torch.long, device=device).scatter_(1, bins, 1)[:, :length]
+    source = (marks.cumsum(1) - 1 + cut).clamp(min=0)  # the id that each place comes from
+    places = torch.arange(length, device=device)
+    inside = (places >= starts[:, :1]) & (places < ends)
+
+    def widen(tensor: Tensor, fill: int) -> Tensor:
+        tensor = tensor.to(device).long()
+        return tensor if tensor.shape[1] == length else tensor.gather(1, source).masked_fill(~inside, fill)
+
+    if filled is not None:
+        filled = widen(filled, 0)
+    if min(growth) != max(growth):
+        filled = inside.long() if filled is None else filled * inside
+        if layout in (Layout.FULL, Layout.PREFIX):
+            layout = Layout.PREFIX if padding_side == "right" else Layout.RUNS
+
+    # The pictures' places in their order: each placeholder scatters its place to its rank, all other ids to a bin.
+    rank = is_picture.flatten().cumsum(0) - 1
+    flat_starts = (starts + length * torch.arange(rows, device=device).unsqueeze(1)).flatten()
+    bins = torch.where(is_picture.flatten(), rank, pictures)
+    firsts = torch.zeros(pictures + 1, dtype=torch.long, device=device).scatter_(0, bins, flat_starts)[:pictures]
+    slots = (firsts.unsqueeze(1) + torch.arange(image_positions, device=device)).flatten()
+
+    segments = None if layout is Layout.FULL else filled
+    labels = None if labels is None else _clean(widen(labels, IGNORE), segments, slots)
+    return Expanded(widen(ids, 0), labels, segments, slots, layout, width)
+
+
+def positions_of(expanded: Expanded) -> Tensor:
+    """Position of each place in its conversation, from 0: (B, L), or (1, L) where all rows are alike; int64.
+
+    Runs restart at 0; a conversation with holes counts its tokens only.
+    """
+    segments = expanded.segments
+    places = torch.arange(expanded.ids.shape[1], device=expanded.ids.device)
+    if segments is None:
+        return places.unsqueeze(0)
+    if expanded.layout is Layout.HOLES:
+        return ((segments > 0).long().cumsum(1) - 1).clamp(min=0)
+    return places - torch.where(run_starts(segments), places, 0).cummax(1).values
+
+
+def lengths_of(expanded: Expanded) -> Tensor:
+    """Length of the conversation that each place belongs to: (B, L), or (1, 1) where all rows are alike; int64."""
+    segments = expanded.segments
+    if segments is None:
+        return torch.full((1, 1), expanded.ids.shape[1], device=expanded.ids.device)
+    if expanded.layout is Layout.HOLES:
+        return (segments > 0).sum(1, keepdim=True).expand_as(segments)
+    runs = run_starts(segments).long().cumsum(1) - 1
+    return torch.zeros_like(segments).scatter_add_(1, runs, torch.ones_like(runs)).gather(1, runs)
+
+
+def run_starts(segments: Tensor) -> Tensor:
+    """True where a run of equal segment ids begins: (B, L), bool. A row's first place always does."""
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return starts
+
+
+def _filled(ids: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
+    """Mask and segment ids as one tensor: 0 padding, else the conversation."""
+    for name, given in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+        if given is not None and (given.dim() != 2 or given.shape[0] != ids.shape[0]):
+            raise LengthError(f"{name} must be ({ids.shape[0]}, positions), not {_shape(given)}")
+    mask = None if attention_mask is None else (attention_mask != 0).to(ids.device).long()
+    segments = None if segment_ids is None else segment_ids.to(ids.device).long()
+    if mask is None or segments is None:
+        return mask if segments is None else segments
+    if mask.shape != segments.shape:
+        raise LengthError(
+            f"attention_mask {_shape(mask)} and segment_ids {_shape(segments)} differ; segment_ids alone say it all, "
+            "with 0 for padding"
+        )
+    return segments * mask
+
+
+def _needed(starts: Tensor, stops: Tensor, tokens: Tensor, side: PaddingSide) -> Tensor:
+    """Places that each row needs from its first place (right padding) or to its last (left), (B, 1)."""
+    if side == "right":
+        return torch.where(tokens, stops, 0).amax(1, keepdim=True)
+    ends = stops[:, -1:]
+    return ends - torch.where(tokens, starts, ends).amin(1, keepdim=True)
+
+
+def _read(
+    ids: Tensor, is_picture: Tensor, needed: Tensor, filled: Tensor | None, segment_ids: Tensor | None
+) -> tuple[list[int], list[int], int, int, Layout]:
+    """Pictures and places of each row, smallest and largest id, and the layout, by one read from the device."""
+    facts = [is_picture.sum(1), needed.flatten(), torch.stack(ids.aminmax())]
+    if filled is not None:
+        closed = (filled[:, 1:] <= filled[:, :-1]).all()  # no token follows padding, no further conversation begins
+        before = torch.nn.functional.pad(filled.cummax(1).values[:, :-1], (1, 0))
+        broken = (run_starts(filled) & (filled > 0) & (filled <= before)).any()
+        single = ((filled == 0) | (filled == filled.amax(1, keepdim=True))).all()
+        full = (filled > 0).all() & single
+        prefix = (filled[:, 0] > 0).all() & closed & single
+        facts.append(torch.stack([full, prefix, broken, filled.min() < 0]).long())
+    numbers = torch.cat(facts).tolist()
+    rows = len(ids)
+    counts, needs, (smallest, largest) = numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows : 2 * rows + 2]
+    if filled is None:
+        return counts, needs, smallest, largest, Layout.FULL
+    full, prefix, broken, negative = numbers[2 * rows + 2 :]
+    if segment_ids is not None and (broken or negative):
+        raise SegmentError(
+            "segment_ids must number the conversations of a row from 1 in rising order, each one unbroken run, "
+            f"0 for padding; given: {segment_ids.tolist() if segment_ids.numel() <= 64 else _shape(segment_ids)}"
+        )
+    layout = Layout.FULL if full else Layout.PREFIX if prefix else Layout.HOLES if broken else Layout.RUNS
+    return counts, needs, smallest, largest, layout
+
+
+def _length(given: dict[str, Tensor | None], rows: int, width: int, full: int, needed: int) -> int:
+    """Positions of the expanded rows: as many as the tokens need, or `full` where something came as long as that."""
+    length = needed
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        allowed = sorted({width, needed, full})
+        if tensor.dim() != 2 or tensor.shape[0] != rows or tensor.shape[1] not in allowed:
+            lengths = " or ".join(map(str, allowed))
+            raise LengthError(
+                f"{name} must be ({rows}, {lengths}): as long as input_ids or as the expanded rows; given: "
+                f"{_shape(tensor)}"
+            )
+        if tensor.shape[1] != width:
+            length = max(length, tensor.shape[1])
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape[1] not in (width, length):
+            raise LengthError(f"{name} has {tensor.shape[1]} positions where others came expanded to {length}")
+    return length
+
+
+def _clean(labels: Tensor | None, segments: Tensor | None, slots: Tensor) -> Tensor | None:
+    """Labels without those that no position can be asked for."""
+    if labels is None:
+        return None
+    labels = labels.long().to(slots.device)
+    if segments is not None:
+        labels = labels.masked_fill((segments == 0) | run_starts(segments), IGNORE)
+    if len(slots):
+        labels = labels.flatten().index_fill(0, slots, IGNORE).view_as(labels)
+    return labels
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
