@@ -91,6 +91,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise PictureError("a picture of mode F holds floats of no known scale; convert it to RGB, or to 16-bit grey")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255 instead of scaling
         levels: Any = np.asarray(image).clip(0, 65535)
         image = Image.fromarray((levels >> 8).astype(np.uint8))
