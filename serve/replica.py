@@ -1,0 +1,92 @@
+"""The model side: one process (on a GPU, or a share of one) that holds an engine and answers chats."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from mqwen.engine.request import Request, RequestError, TokenEvent
+
+
+@dataclass(frozen=True)
+class ChatTask:
+    """A chat as the ingress hands it on. messages: as `mqwen.model.chat` takes them. pictures: files' bytes, in order.
+
+    stream: give each event as it comes; otherwise one event with the whole answer.
+    """
+
+    messages: list[dict[str, Any]]
+    pictures: list[bytes]
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+    stream: bool
+
+
+class ModelReplica:
+    """checkpoint: an artifact's folder. gpu: whether Serve gave this replica a GPU."""
+
+    def __init__(self, checkpoint: str, gpu: bool) -> None:
+        # Imported here: the driver and the ingress import this module, and need no torch.
+        from mqwen.engine.engine import Engine, EngineSettings
+        from mqwen.model import MQWenLMHeadModel
+        from mqwen.model.processor import MQWenProcessor
+
+        processor = MQWenProcessor.from_pretrained(checkpoint)
+        model = MQWenLMHeadModel.from_pretrained(checkpoint).eval()
+        self._tokenizer = processor.tokenizer
+        self._engine = Engine(model.to("cuda") if gpu else model, processor, EngineSettings())
+
+    async def generate(self, task: ChatTask) -> AsyncGenerator[TokenEvent | RequestError]:
+        """Token events. A refused request is an item, not an exception, which Serve would log as a failure of ours."""
+        try:
+            async with aclosing(self._engine.generate(self._request(task))) as events:
+                if task.stream:
+                    async for event in events:
+                        yield event
+                else:
+                    yield join([event async for event in events])
+        except RequestError as error:
+            yield error
+
+    async def is_ready(self) -> bool:
+        return self._engine.health()
+
+    def check_health(self) -> None:
+        """Called by Serve: an exception gets this replica replaced."""
+        if not self._engine.health():
+            raise RuntimeError("the engine's thread has ended")
+
+    async def __del__(self) -> None:
+        """Called by Serve when this replica is to end and its requests have."""
+        if hasattr(self, "_engine"):
+            await self._engine.drain()
+
+    def _request(self, task: ChatTask) -> Request:
+        from mqwen.model.chat import ConversationError, encode_chat
+
+        try:
+            input_ids = encode_chat(self._tokenizer, task.messages, add_generation_prompt=True).input_ids
+        except ConversationError as error:
+            raise RequestError(str(error), param="messages") from error
+        return Request(
+            request_id=uuid4().hex,
+            input_ids=input_ids,
+            pictures=task.pictures,
+            max_tokens=task.max_tokens,
+            temperature=task.temperature,
+            top_p=task.top_p,
+            seed=task.seed,
+            stop=task.stop,
+        )
+
+
+def join(events: list[TokenEvent]) -> TokenEvent:
+    """All of an answer as one event."""
+    last = events[-1]
+    token_ids = tuple(token for event in events for token in event.token_ids)
+    text = "".join(event.text for event in events)
+    return TokenEvent(token_ids, text, last.finish_reason, last.prompt_tokens, last.completion_tokens)

@@ -1,0 +1,1 @@
+"""Options are refused before anything is deployed, with the way out."""
