@@ -1,9 +1,32 @@
-"""What a checkpoint is: configuration, network, tokenizer, image processor, import and export."""
+"""What a checkpoint is: configuration, network, tokenizer, image processor, import and export.
 
-from mqwen.model.cache import MQWenCache
-from mqwen.model.configuration import MQWenConfig
-from mqwen.model.network import MQWenLMHeadModel, MQWenModel
-from mqwen.model.processor import MQWenProcessor
-from mqwen.model.tokenizer import MQWenTokenizer
+The names load when they are first used: tasks that only tokenize and decode pictures need no torch, whose import takes
+longer than their work.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mqwen.model.cache import MQWenCache
+    from mqwen.model.configuration import MQWenConfig
+    from mqwen.model.network import MQWenLMHeadModel, MQWenModel
+    from mqwen.model.processor import MQWenProcessor
+    from mqwen.model.tokenizer import MQWenTokenizer
 
 __all__ = ["MQWenCache", "MQWenConfig", "MQWenLMHeadModel", "MQWenModel", "MQWenProcessor", "MQWenTokenizer"]
+
+_FILES = {
+    "MQWenCache": "cache",
+    "MQWenConfig": "configuration",
+    "MQWenLMHeadModel": "network",
+    "MQWenModel": "network",
+    "MQWenProcessor": "processor",
+    "MQWenTokenizer": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)

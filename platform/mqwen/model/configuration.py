@@ -7,12 +7,9 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
 from mqwen.model.errors import ConfigurationError
+from mqwen.model.picture import CLIP_MEAN, CLIP_STD
 
 FORMAT_VERSION = 1
-
-# CLIP's statistics of RGB values in 0..1 (openai/clip-vit-large-patch14, preprocessor_config.json).
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # CLIP-ViT-L/14, the vision tower of the published models.
 CLIP_VIT_L_14: dict[str, Any] = {

@@ -14,6 +14,10 @@ import numpy as np
 from mqwen.model.errors import PictureError
 from PIL import Image, ImageOps
 
+# CLIP's statistics of RGB values in 0..1 (openai/clip-vit-large-patch14, preprocessor_config.json).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what the web sends; no decoder that starts programs or reads paths
 MAX_PIXELS = 64_000_000  # decoded RGB takes 3 bytes a pixel: 192 MB
 MAX_ASPECT = 200  # the long side grows with the short one before the crop: 224 x 44,800 at most

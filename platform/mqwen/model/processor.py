@@ -7,9 +7,8 @@ from typing import Any, Self
 
 import numpy as np
 from mqwen.model.chat import IGNORED, EncodedChat, Message, encode_chat
-from mqwen.model.configuration import CLIP_MEAN, CLIP_STD
 from mqwen.model.errors import CheckpointError, PictureCountError
-from mqwen.model.picture import MAX_PIXELS, decode_picture, normalize
+from mqwen.model.picture import CLIP_MEAN, CLIP_STD, MAX_PIXELS, decode_picture, normalize
 from mqwen.model.tokenizer import AllowedSpecial, MQWenTokenizer
 from PIL import Image
 from transformers import BatchEncoding
