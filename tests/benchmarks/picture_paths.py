@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-from mqwen.model.picture import FORMATS, decode_picture
 from PIL import Image
+
+from mqwen.model.picture import FORMATS, decode_picture
 
 SIZES = ((256, 256), (640, 480), (1024, 768), (2048, 1536))
 TARGET = 224

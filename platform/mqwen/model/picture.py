@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from mqwen.model.errors import PictureError
 from PIL import Image, ImageOps
+
+from mqwen.model.errors import PictureError
 
 # CLIP's statistics of RGB values in 0..1 (openai/clip-vit-large-patch14, preprocessor_config.json).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

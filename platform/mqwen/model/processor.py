@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from PIL import Image
+from transformers import BatchEncoding
+
 from mqwen.model.chat import IGNORED, EncodedChat, Message, encode_chat
 from mqwen.model.errors import CheckpointError, PictureCountError
 from mqwen.model.picture import CLIP_MEAN, CLIP_STD, MAX_PIXELS, decode_picture, normalize
 from mqwen.model.tokenizer import AllowedSpecial, MQWenTokenizer
-from PIL import Image
-from transformers import BatchEncoding
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 BICUBIC = 3  # Pillow's number, which CLIP's files hold

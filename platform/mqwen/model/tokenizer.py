@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tiktoken
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
+
 from mqwen.model.chat import CHAT_TEMPLATE, Message, encode_chat
 from mqwen.model.errors import ConversationError
 from mqwen.model.vocabulary import (
@@ -25,7 +27,6 @@ from mqwen.model.vocabulary import (
     token_string,
     write_ranks,
 )
-from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 AllowedSpecial = Literal["all"] | Collection[str]
 

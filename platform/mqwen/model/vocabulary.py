@@ -9,8 +9,9 @@ import binascii
 from collections.abc import Iterable
 from pathlib import Path
 
-from mqwen.model.errors import VocabularyError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from mqwen.model.errors import VocabularyError
 
 VOCABULARY_FILE = "qwen.tiktoken"
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
