@@ -32,9 +32,8 @@ class AttentionPlan:
         cos, sin: (B, L, D / 2) or (1, L, D / 2), float32.
         logn: (B, L) or (1, L), float32, factors of the queries; or None.
         causal: every place sees all places before it in its row, and nothing else must be kept from it.
-        runs: (first, past the last) of each run of places that see one another, in the flattened (B * L).
-        offsets: (number of runs + 1,), int32: the same for the variable-length kernel.
-        longest: positions of the longest run.
+        runs: lengths of the runs that the flattened (B * L) places fall into; places of one run see those before them.
+        offsets: (number of runs + 1,), int32: where they begin and end, for the variable-length kernel.
         mask: (B or 1, 1, L, K), bool: True where a query may see a key.
     """
 
@@ -43,9 +42,8 @@ class AttentionPlan:
         self.sin = sin
         self.logn = logn
         self.causal = False
-        self.runs: list[tuple[int, int]] | None = None
+        self.runs: list[int] | None = None
         self.offsets: Tensor | None = None
-        self.longest = 0
         self.mask: Tensor | None = None
 
     def see(self, expanded: Expanded, past_length: int, key_mask: Tensor | None) -> None:
@@ -64,12 +62,10 @@ class AttentionPlan:
                 self.causal = True  # padding at the end is seen by nothing that counts
                 return
             assert segments is not None
-            if expanded.layout is Layout.RUNS and device.type != "cpu":
+            if expanded.layout is Layout.RUNS:
                 first = run_starts(segments).flatten().nonzero().flatten()
-                bounds = [*first.tolist(), rows * length]
-                self.runs = list(pairwise(bounds))
+                self.runs = [stop - start for start, stop in pairwise([*first.tolist(), rows * length])]
                 self.offsets = F.pad(first, (0, 1), value=rows * length).int()
-                self.longest = max(stop - start for start, stop in self.runs)
                 return
             keys = queries = segments
         else:
@@ -107,15 +103,13 @@ def _attend_runs(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan)
     assert plan.runs is not None and plan.offsets is not None
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        mixed = varlen_attn(q, k, v, plan.offsets, plan.offsets, plan.longest, plan.longest, **_CAUSAL)
+        longest = max(plan.runs)
+        mixed = varlen_attn(q, k, v, plan.offsets, plan.offsets, longest, longest, **_CAUSAL)
         assert isinstance(mixed, Tensor)
         return mixed.view_as(query)
-    parts = []
-    for start, stop in plan.runs:
-        run_q, run_k, run_v = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        mixed = F.scaled_dot_product_attention(run_q, run_k, run_v, is_causal=True)
-        parts.append(mixed.squeeze(0).transpose(0, 1))
-    return torch.cat(parts).view_as(query)
+    parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(plan.runs, dim=2) for x in (q, k, v)), strict=True)
+    mixed = torch.cat([F.scaled_dot_product_attention(a, b, c, is_causal=True) for a, b, c in parts], dim=2)
+    return mixed.squeeze(0).transpose(0, 1).reshape(query.shape)
 
 
 def _bottom_right(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from mqwen.model.adapters import merge_adapter
 from mqwen.model.attention import AttentionPlan
 from mqwen.model.blocks import Block, RMSNorm, VisionTower
 from mqwen.model.cache import MQWenCache
@@ -458,7 +459,7 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, GenerationMixin):
             model._init_projector()
         load_components(model, component_weights(qwen, clip, projector), projector=projector is not None)
         if adapter is not None:
-            raise NotImplementedError("adapters come with adapters.py")
+            merge_adapter(model, adapter)
         return model.eval()
 
     @classmethod

@@ -1,0 +1,120 @@
+"""LoRA adapters (Hu et al., 2021): PEFT's current folders, and those that the reference wrote."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from mqwen.model.components import Folder, read_json, read_safetensors
+from mqwen.model.errors import AdapterError
+
+PREFIX = "base_model.model."
+PROJECTOR = "feature_proj"
+
+
+def attach_adapter(model: nn.Module, folder: Folder, *, trainable: bool = False) -> PeftModel:
+    """Wrap the model with an adapter, unmerged. PEFT's `merge_adapter` and `unmerge_adapter` add it to the weights and
+    take it out again, `merge_and_unload` gives the plain model back.
+
+    Args:
+        model: an MQWenLMHeadModel. Its layers are replaced in place, and its projector's weights where the adapter
+            brings a projector.
+        folder: adapter_config.json with adapter_model.safetensors (PEFT); or with adapter_model.bin, and
+            other_params.bin for the projector, as the reference wrote them: read with torch's weights-only loading,
+            which runs no code of theirs, and never looked for unless the folder is named here.
+        trainable: leave the adapter's own parameters trainable; everything else is frozen.
+
+    Raises:
+        AdapterError: no LoRA adapter, a file that is missing or unreadable, or one made for other modules or shapes.
+        CheckpointError: a truncated safetensors or JSON file.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    weights = _read_tensors(folder, "adapter_model")
+    if weights is None:
+        raise AdapterError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin")
+    _check(folder, model, weights)
+    projector = _read_tensors(folder, "other_params")
+    if projector is not None:
+        _load_projector(folder, model, projector)
+
+    config.inference_mode = not trainable
+    config.base_model_name_or_path = None  # a path on the machine that trained it
+    wrapped = get_peft_model(model, config)
+    problems = set_peft_model_state_dict(wrapped, weights)
+    missing = [name for name in problems.missing_keys if "lora_" in name]
+    if missing or problems.unexpected_keys:
+        first = (missing or problems.unexpected_keys)[0]
+        raise AdapterError(
+            f"{folder}: target_modules {sorted(config.target_modules)} and the weights do not agree, first at {first}"
+        )
+    return wrapped.train(model.training)
+
+
+def merge_adapter(model: nn.Module, folder: Folder) -> None:
+    """Add an adapter to the model's weights for good, in place: W + (alpha / r) B A. Names stay the published ones.
+
+    Raises:
+        AdapterError: see `attach_adapter`.
+    """
+    attach_adapter(model, folder).merge_and_unload()
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    fields = read_json(folder / "adapter_config.json")
+    if fields.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder} is a {fields.get('peft_type')} adapter; only LORA is served")
+    known = LoraConfig.__dataclass_fields__
+    # What PEFT added and dropped over the years is left out; what changes the computation is named in both.
+    config = LoraConfig(**{name: value for name, value in fields.items() if name in known and name != "auto_mapping"})
+    if not config.target_modules or isinstance(config.target_modules, str):
+        raise AdapterError(f"{folder}: target_modules must be a list of module names, not {config.target_modules!r}")
+    return config
+
+
+def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor] | None:
+    safe, unsafe = folder / f"{stem}.safetensors", folder / f"{stem}.bin"
+    if safe.exists():
+        return dict(read_safetensors(safe))
+    if not unsafe.exists():
+        return None
+    try:
+        content: Any = torch.load(unsafe, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise AdapterError(f"{unsafe} cannot be read as tensors only: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise AdapterError(f"{unsafe} holds no dictionary of tensors")
+    return content
+
+
+def _check(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Each LoRA matrix must belong to a linear layer that the model has, and fit it."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    for key, tensor in weights.items():
+        name, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
+        if not key.startswith(PREFIX) or not name:
+            if key.removeprefix(PREFIX) in parameters:
+                continue  # PEFT's modules_to_save: whole layers beside the LoRA
+            raise AdapterError(f"{folder}: {key} is no LoRA weight and no parameter of this model")
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear):
+            raise AdapterError(f"{folder}: {key} is for a linear layer {name!r}, which this model does not have")
+        expected = layer.in_features if part.startswith("A") else layer.out_features
+        given = tensor.shape[1] if part.startswith("A") else tensor.shape[0]
+        if given != expected:
+            raise AdapterError(f"{folder}: {key} is {tuple(tensor.shape)}, but {name} has {expected} channels there")
+
+
+def _load_projector(folder: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    projector = model.get_submodule(PROJECTOR)
+    expected = {name: tuple(value.shape) for name, value in projector.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    if given != expected:
+        raise AdapterError(f"{folder}: its other_params are {given}, the projector is {expected}")
+    projector.load_state_dict(tensors)
