@@ -1,0 +1,70 @@
+"""Ingest: pictures and conversations into WebDataset shards with an index and a manifest.
+
+python jobs/ingest.py llava --conversations data.json --pictures photos/ --dataset s3://bucket/data --tokenizer DIR
+python jobs/ingest.py digits --pictures 6000 --dataset out/data --tokenizer DIR
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from mqwen import cli
+from mqwen.cluster import cluster
+from mqwen.data.ingest import IngestSettings, Source, ingest
+from mqwen.data.sources.digits import DigitsSource, Split
+from mqwen.data.sources.llava import LlavaSource
+from mqwen.model import MQWenProcessor, MQWenTokenizer
+from mqwen.storage import locate
+
+
+@dataclass(frozen=True)
+class Into:
+    """Where to: the dataset's URI, and the tokenizer whose counts its index holds."""
+
+    dataset: str
+    tokenizer: str
+    settings: IngestSettings = field(default_factory=IngestSettings)
+
+
+@dataclass(frozen=True)
+class Llava(Into):
+    """LLaVA's conversations JSON, with pictures in a folder."""
+
+    conversations: str = tyro.MISSING
+    pictures: str = tyro.MISSING
+
+    def source(self) -> Source:
+        return LlavaSource(locate(self.conversations), locate(self.pictures))
+
+
+@dataclass(frozen=True)
+class Digits(Into):
+    """The demo's: pictures of handwritten digits with questions in English and Chinese."""
+
+    pictures: int = 6000
+    seed: int = 0
+    split: Split = "train"
+
+    def source(self) -> Source:
+        return DigitsSource(self.pictures, self.seed, self.split)
+
+
+def main() -> None:
+    command = tyro.cli(
+        Annotated[Llava, tyro.conf.subcommand("llava")] | Annotated[Digits, tyro.conf.subcommand("digits")],
+        description=__doc__,
+    )
+    processor = MQWenProcessor(tokenizer=MQWenTokenizer.from_pretrained(command.tokenizer))
+    dataset, source = locate(command.dataset), command.source()
+    source.chunks(command.settings.shard_samples)  # what is wrong with the source as a whole shows before Ray starts
+    with cluster(cpus=2):
+        manifest = ingest(
+            source, dataset, processor, command.settings, lambda n, of: print(f"shard {n}/{of}", flush=True)
+        )
+    tokens = sum(shard.tokens for shard in manifest.shards)
+    print(f"{dataset}: {manifest.samples} samples, {tokens} tokens in {len(manifest.shards)} shards")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,37 @@
+"""What the command lines of jobs/ share: an error meant for the user is one line and a non-zero exit, no trace."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from mqwen.data.errors import DataError
+from mqwen.model.errors import MQWenError
+from mqwen.storage import StorageError
+from mqwen.train.checkpoint import CheckpointError
+from mqwen.train.settings import SettingsError
+
+USER_ERRORS = (CheckpointError, DataError, MQWenError, SettingsError, StorageError)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a job's main. Exit codes: 0 done, 2 an error that the message explains, 130 or 143 stopped by a signal.
+
+    SIGTERM ends a job as Ctrl-C does: through its `finally` blocks, which end what it started.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        main()
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    sys.exit(128 + signum)

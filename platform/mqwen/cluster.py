@@ -1,0 +1,42 @@
+"""The Ray cluster that a command works on: the one that RAY_ADDRESS names, or its own on this machine's loopback.
+
+Import this before anything that imports ray: Ray reads its authentication settings once, when it is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
+    # A cluster of our own asks for a token that only this process and its children know.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+import ray
+
+
+@contextmanager
+def cluster(cpus: int) -> Iterator[str]:
+    """Connects to RAY_ADDRESS; without it starts a cluster of at least `cpus` logical CPUs, ended with the block.
+
+    A cluster of our own is small (a laptop, the demo): workers may be more than its cores, and then share them.
+    Yields the cluster's address.
+    """
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level=logging.WARNING)
+    else:
+        ray.init(
+            num_cpus=max(cpus, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # its progress repeats what the jobs print
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()

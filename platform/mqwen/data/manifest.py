@@ -1,0 +1,89 @@
+"""A dataset on storage: shards, an index beside each, and the manifest that commits them.
+
+DATASET/manifest.json          shards with counts and hashes; written last, so a dataset is there or not
+DATASET/shard-000000.tar       WebDataset tar
+DATASET/shard-000000.parquet   its index: one row a sample, in the tar's order
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mqwen.data.errors import DataError, EmptyDatasetError
+from mqwen.storage import Location, StorageError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),  # of the sample's first tar header
+        ("nbytes", pa.int64()),  # of all its members, headers and padding included
+        ("tokens", pa.int32()),  # of the rendered conversation, each picture one placeholder token
+        ("images", pa.int32()),
+        ("sha256", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the manifest says of one shard."""
+
+    name: str
+    samples: int
+    tokens: int
+    images: int
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`tokenizer` is the fingerprint of the tokenizer that counted the tokens."""
+
+    shards: list[Shard]
+    tokenizer: str
+    rejected: dict[str, int]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+
+def write_manifest(dataset: Location, manifest: Manifest) -> None:
+    (dataset / MANIFEST).write_bytes(json.dumps(asdict(manifest), indent=1).encode())
+
+
+def read_manifest(dataset: Location) -> Manifest:
+    """The dataset's manifest. Raises DataError or EmptyDatasetError, before anything large is read."""
+    try:
+        raw = json.loads((dataset / MANIFEST).read_bytes())
+    except StorageError as error:
+        raise DataError(f"{dataset} is no dataset: it has no {MANIFEST}; jobs/ingest.py makes one") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{dataset / MANIFEST} is not JSON: {error}") from error
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DataError(f"{dataset} has format version {version}, this code reads {FORMAT_VERSION}; ingest it again")
+    manifest = Manifest(**{**raw, "shards": [Shard(**shard) for shard in raw["shards"]]})
+    if not manifest.samples:
+        raise EmptyDatasetError(f"{dataset} holds no samples; rejected when it was ingested: {manifest.rejected}")
+    return manifest
+
+
+def write_index(dataset: Location, shard: str, rows: list[dict]) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), buffer)
+    (dataset / f"{shard}.parquet").write_bytes(buffer.getvalue())
+
+
+def read_index(dataset: Location, shard: str) -> pa.Table:
+    return pq.read_table(io.BytesIO((dataset / f"{shard}.parquet").read_bytes()))

@@ -1,0 +1,133 @@
+"""The demo's data: real handwritten digits, drawn into pictures of one to three, with questions and answers.
+
+The digits are the 1,797 of 8 x 8 pixels that scikit-learn ships (UCI ML hand-written digits, CC BY 4.0). A part
+of them is held out: pictures that test a model are made of those alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from mqwen.data.errors import DataError
+from mqwen.data.sample import Sample
+
+SIDE = 96  # pixels of a picture's side
+HELD_OUT = 360  # glyphs of 1,797
+Split = Literal["train", "heldout"]
+Language = Literal["en", "zh"]
+
+_WORDS = {
+    "en": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+    "zh": ["零", "一", "二", "三", "四", "五", "六", "七", "八", "九"],
+}
+QUESTIONS: dict[str, dict[str, list[str]]] = {
+    "which": {"en": ["Which digit is this?", "What digit do you see?"], "zh": ["这是哪个数字?", "图中是什么数字?"]},
+    "read": {
+        "en": ["Which digits are these, from left to right?", "Read the digits."],
+        "zh": ["从左到右是哪些数字?", "读出这些数字。"],
+    },
+    "count": {"en": ["How many digits are there?", "Count the digits."], "zh": ["有几个数字?", "图中有多少个数字?"]},
+    "leftmost": {
+        "en": ["Which digit is leftmost?", "What is the first digit on the left?"],
+        "zh": ["最左边是哪个数字?", "左起第一个数字是什么?"],
+    },
+    "sum": {
+        "en": ["What is the sum of the digits?", "Add the digits."],
+        "zh": ["这些数字的和是多少?", "把数字加起来。"],
+    },
+}
+KINDS = tuple(QUESTIONS)
+
+
+def kinds_for(digits: list[int]) -> list[str]:
+    """Which kinds of question a picture of these digits allows: one digit is named, several are read and added."""
+    return ["which", "count"] if len(digits) == 1 else ["read", "count", "leftmost", "sum"]
+
+
+def answer(kind: str, language: Language, digits: list[int]) -> str:
+    words = _WORDS[language]
+    match kind:
+        case "which" | "leftmost":
+            return words[digits[0]]
+        case "read":
+            return " ".join(str(digit) for digit in digits)
+        case "count":
+            return words[len(digits)] if language == "en" else f"{words[len(digits)]}个"
+        case "sum":
+            return str(sum(digits))
+    raise ValueError(f"kind {kind!r} is unknown; allowed are {', '.join(KINDS)}")
+
+
+def vocabulary_texts() -> list[str]:
+    """Every text of the demo, for its vocabulary."""
+    texts = [text for kind in QUESTIONS.values() for questions in kind.values() for text in questions]
+    texts += [word for words in _WORDS.values() for word in words]
+    return texts + [answer("count", "zh", [0] * n) for n in (1, 2, 3)] + ["system", "user", "assistant", "\n"]
+
+
+@cache
+def _glyphs(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (glyphs, 8, 8) in 0..1 and the digit of each."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    chosen = order[:HELD_OUT] if split == "heldout" else order[HELD_OUT:]
+    return data.images[chosen] / 16.0, data.target[chosen]
+
+
+def draw(split: Split, random: np.random.Generator, count: int | None = None) -> tuple[bytes, list[int]]:
+    """A JPEG of `count` digits (one to three by default) side by side, and their values from left to right."""
+    pictures, values = _glyphs(split)
+    count = count or int(random.integers(1, 4))
+    chosen = random.integers(len(values), size=count)
+    ink, paper = random.uniform(0.6, 1.0, 3), random.uniform(0.0, 0.25, 3)
+    canvas = np.zeros((SIDE, SIDE))
+    slot = SIDE // max(count, 2)
+    left = int(random.integers(SIDE - slot * count + 1))
+    for n, glyph in enumerate(chosen):
+        size = int(random.integers(27, 33))
+        image = Image.fromarray((pictures[glyph] * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+        x = left + n * slot + int(random.integers(slot - size + 1))
+        y = int(random.integers((SIDE - size) // 3, 2 * (SIDE - size) // 3 + 1))
+        canvas[y : y + size, x : x + size] = np.asarray(image) / 255.0
+    pixels = paper + canvas[..., None] * (ink - paper) + random.normal(0, 0.02, (SIDE, SIDE, 1))
+    buffer = io.BytesIO()
+    Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue(), [int(values[glyph]) for glyph in chosen]
+
+
+@dataclass(frozen=True)
+class DigitsSource:
+    """`pictures` conversations, each about one drawn picture; the same seed draws the same."""
+
+    pictures: int
+    seed: int = 0
+    split: Split = "train"
+
+    def chunks(self, size: int) -> list[range]:
+        return [range(i, min(i + size, self.pictures)) for i in range(0, self.pictures, size)]
+
+    def read(self, chunk: range) -> Iterator[tuple[str, Sample | DataError]]:
+        for number in chunk:
+            yield f"{self.split}-{number:06d}", self._sample(number)
+
+    def _sample(self, number: int) -> Sample:
+        random = np.random.default_rng([self.seed, number])
+        picture, digits = draw(self.split, random)
+        messages: list[dict] = []
+        kinds = kinds_for(digits)
+        for kind in random.permutation([k for k in kinds for _ in range(4 // len(kinds))]):
+            language: Language = random.choice(["en", "zh"])
+            question = {"type": "text", "text": str(random.choice(QUESTIONS[kind][language]))}
+            content = question["text"] if messages else [{"type": "image"}, question]
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": answer(kind, language, digits)})
+        return Sample(f"digits-{self.split}-{number:06d}", messages, [picture], f"digits/{self.split}/{number}")

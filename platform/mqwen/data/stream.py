@@ -1,0 +1,91 @@
+"""The stream: Ray Data reads the order's windows in parallel, and row i reaches rank i mod workers, always.
+
+What makes the mapping exact, whatever the timing: one window is one read task; each row is a block of its own
+(`target_max_block_size=1`); blocks keep their order (`preserve_order`); and the split gives each block to the rank
+with the fewest rows (`equal=False`), in that order. Ray promises none of the last in its documentation, so its version
+is pinned and a digest test holds it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+
+from mqwen.data.batch import Batch, unpack
+from mqwen.data.errors import DataError
+from mqwen.data.order import Order, Position
+from mqwen.data.reader import WindowReader
+from mqwen.data.row import RowBuilder
+from mqwen.model import MQWenProcessor
+from mqwen.storage import Location
+
+logger = logging.getLogger(__name__)
+
+PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
+
+
+class OrderedSplit(ray.train.DataConfig):
+    """Ray Train's way to hand a dataset to its workers, with the order kept; see the top of this file."""
+
+    def configure(
+        self, datasets: dict[str, ray.data.Dataset], world_size: int, *_: Any, **__: Any
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        split = {name: dataset.streaming_split(world_size, equal=False) for name, dataset in datasets.items()}
+        return [{name: parts[rank] for name, parts in split.items()} for rank in range(world_size)]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The rows of a dataset in their order. `rows` bounds how many a run can want."""
+
+    dataset: Location
+    order: Order
+    processor: MQWenProcessor
+    rows: int
+
+    def start(self, position: Position) -> ray.data.Dataset:
+        """A Ray dataset of the rows from `position` on."""
+        windows = self.order.windows
+        first = position.epoch * windows + position.window
+        epochs = -(-self.rows // self.order.least_rows)
+        count = (position.epoch + epochs + 1) * windows - first
+        context = ray.data.DataContext.get_current().copy()
+        context.target_max_block_size = 1
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        with ray.data.DataContext.current(context):
+            return ray.data.range(count, override_num_blocks=count).map_batches(
+                WindowReader(self.dataset, self.order, self.processor, position), batch_size=1, batch_format="pyarrow"
+            )
+
+    def blank(self) -> Batch:
+        """A row without samples: what a rank runs when others have one row more."""
+        row = RowBuilder(self.processor, self.order.settings).build([], Position(), Position())
+        return self._unpack(row)
+
+    def _unpack(self, row: pa.Table) -> Batch:
+        return unpack(row, self.order.settings.packs_per_row, self.processor.image_size)
+
+    def read(self, rows: ray.data.DataIterator, start: Position, max_bad: float) -> Iterator[Batch]:
+        """This rank's rows. Raises DataError when more than `max_bad` of the samples so far were unreadable."""
+        seen, bad = 0, dict[str, str]()
+        for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_ROWS):
+            assert table.num_rows == 1, "Ray Data put several rows into a block: the order would depend on the workers"
+            row = self._unpack(table)
+            if row.start != (start.epoch, start.window, start.row):
+                raise DataError(f"the stream starts at {row.start}, the checkpoint stands at {start}: start again")
+            seen += len(row.keys) + len(row.quarantined)
+            bad |= row.quarantined
+            for key, reason in row.quarantined.items():
+                logger.warning("sample %s is masked: %s", key, reason)
+            if len(bad) > max(1, max_bad * seen):
+                listed = "; ".join(f"{key}: {reason}" for key, reason in list(bad.items())[:20])
+                raise DataError(f"{len(bad)} of {seen} samples are unreadable, more than {max_bad:.1%}: {listed}")
+            yield row

@@ -1,0 +1,95 @@
+"""Runs the demo's stages: each a command as a user would type it, with its time, and all of them ended at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psutil
+
+GRACE = 30.0  # seconds that a command may take to end what it started
+
+
+class StageError(Exception):
+    """A stage's command failed; what it printed says why."""
+
+
+@dataclass
+class Stages:
+    """Times of the stages so far, each with the figure that it is shown with."""
+
+    environment: dict[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"\n== {name}", flush=True)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+    def run(self, *command: str) -> None:
+        """Runs a command to its end. Raises StageError where it fails."""
+        with self.running(*command) as process:
+            if code := process.wait():
+                raise StageError(f"{' '.join(command)} ended with exit code {code}")
+
+    @contextmanager
+    def running(self, *command: str) -> Iterator[subprocess.Popen]:
+        """A command that runs during the block and has ended, with all it started, after it."""
+        # In a session of its own a command does not see the terminal's Ctrl-C: it is ended here, once and in order.
+        process = subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True)
+        try:
+            yield process
+        finally:
+            end_group(process)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Interrupts a process that leads a session, and kills what is left of its group after GRACE seconds."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+class PeakMemory:
+    """The most memory that this process and all below it held at once, in bytes, shared pages counted once."""
+
+    def __init__(self, every: float = 1.0) -> None:
+        self.bytes = 0
+        self._every, self._stop = every, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._stop.wait(self._every):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:
+                    continue  # it ended meanwhile
+            self.bytes = max(self.bytes, total)

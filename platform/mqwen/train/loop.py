@@ -1,0 +1,137 @@
+"""The training loop, from top to bottom.
+
+A step trains on a fixed run of rows of the order, whatever the number of workers: of a step's rows every rank takes
+each W-th. Where W does not divide them, a rank that came short runs a blank row, because every rank must join every
+collective operation of a forward and a backward pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mqwen.train.optimizer import rate_factor
+from mqwen.train.settings import RunSettings
+from mqwen.train.strategy import Strategy
+
+LOSS_ONLY = {"use_cache": False, "logits_to_keep": "labels"}  # no full logits: only labelled positions get any
+
+
+class Batch(Protocol):
+    """A row, ready for the model: `inputs` are forward's arguments, on the CPU (it moves
+    them itself), `supervised` counts the labelled positions.
+
+    `place` is the row's (epoch, window, row) in the order.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    supervised: int
+    positions: int
+    images: int
+    place: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step did, over all ranks; times in seconds. `tokens` counts labelled positions."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    positions: int
+    images: int
+    seconds: float
+    data_wait: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Steps done, and the place of the last row that they trained on; None before the first."""
+
+    step: int = 0
+    place: tuple[int, int, int] | None = None
+
+
+def train(
+    settings: RunSettings,
+    strategy: Strategy,
+    rows: Iterator[Batch],
+    blank: Batch,
+    progress: Progress,
+    on_step: Callable[[StepRecord], None],
+    on_checkpoint: Callable[[Progress], None],
+) -> Progress:
+    """Trains from `progress` to the last step, or to the end of the data, and returns how far it came.
+
+    `rows` are this rank's; `on_step` and `on_checkpoint` are called on every rank at the same steps.
+    """
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    per_step, every = settings.data.rows_per_step, settings.checkpoint.every
+    taken = 0  # rows of the order that all ranks took since the start: row i is rank i mod workers'
+    for step in range(progress.step, settings.steps):
+        started = time.perf_counter()
+        mine = sum((taken + i) % workers == rank for i in range(per_step))
+        batches = list(itertools.islice(rows, mine))
+        waited = time.perf_counter() - started
+
+        counted = [(1, batch.supervised, batch.positions, batch.images) for batch in batches]
+        n_rows, tokens, positions, images = _sum_over_ranks(*np.sum([(0, 0, 0, 0), *counted], axis=0))
+        if not n_rows:
+            break  # the end of the data, which all ranks see in the same step
+        taken += per_step
+        place = max((batch.place for batch in batches), default=progress.place)
+
+        loss = torch.zeros((), device=strategy.device)
+        for batch in batches + [blank] * (math.ceil(per_step / workers) - len(batches)):
+            part = strategy.model(**batch.inputs, num_items_in_batch=max(tokens, 1), **LOSS_ONLY).loss
+            strategy.backward(part)
+            loss += part.detach()
+
+        factor = rate_factor(step, settings.steps, settings.optimizer.warmup)
+        for group in strategy.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        norm = strategy.step()
+
+        progress = Progress(step + 1, place)
+        record = StepRecord(
+            step=step + 1,
+            loss=_sum_over_ranks(loss.item())[0],
+            learning_rate=max(group["lr"] for group in strategy.optimizer.param_groups),
+            gradient_norm=norm,
+            tokens=int(tokens),
+            positions=int(positions),
+            images=int(images),
+            seconds=time.perf_counter() - started,
+            data_wait=waited,
+        )
+        on_step(record)
+        if progress.step % every == 0:
+            on_checkpoint(_over_all_ranks(progress))
+    progress = _over_all_ranks(progress)
+    if progress.step % every:
+        on_checkpoint(progress)
+    return progress
+
+
+def _sum_over_ranks(*values: float) -> list[Any]:
+    """Sums in float64, so that counts stay exact."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def _over_all_ranks(progress: Progress) -> Progress:
+    """The furthest place of any rank: the last row of the last step is one rank's alone."""
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, progress.place)
+    return Progress(progress.step, max((place for place in places if place is not None), default=None))

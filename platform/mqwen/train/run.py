@@ -1,0 +1,91 @@
+"""A run, seen from the driver: its folder, its worker group, its end.
+
+RUNS/NAME/settings.json     what it computes
+RUNS/NAME/model/            configuration, tokenizer and processor: an artifact without weights
+RUNS/NAME/checkpoints/      see checkpoint.py
+RUNS/NAME/metrics/          one line a step
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import ray.data
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mqwen.model import MQWenConfig, MQWenProcessor
+from mqwen.storage import Location, locate
+from mqwen.train import checkpoint
+from mqwen.train.loop import Batch, Progress
+from mqwen.train.settings import RunSettings, SettingsError
+from mqwen.train.worker import Rows, Task, work
+
+SETTINGS = "settings.json"
+# What may change when a run goes on: none of it changes what a step computes.
+FREE_TO_CHANGE = ("parallel", "checkpoint", "log_every", "runs")
+
+
+def open_run(settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> Location:
+    """The run's folder, new or to be continued.
+
+    Raises SettingsError where a run of that name exists with other settings.
+    """
+    run = locate(settings.runs) / settings.name
+    mine = json.loads(json.dumps(asdict(settings)))
+    if (run / SETTINGS).exists():
+        theirs = json.loads((run / SETTINGS).read_bytes())
+        if other := [key for key in mine if key not in FREE_TO_CHANGE and mine[key] != theirs.get(key)]:
+            raise SettingsError(
+                f"run {run} exists with other settings ({', '.join(other)}); give another --name to start a new run, "
+                "or the same settings to continue it"
+            )
+    else:
+        with tempfile.TemporaryDirectory() as local:
+            config.save_pretrained(local)
+            processor.save_pretrained(local)
+            for file in Path(local).iterdir():
+                (run / "model" / file.name).upload(file)
+    (run / SETTINGS).write_bytes(json.dumps(mine, indent=1).encode())
+    return run
+
+
+def train_run(
+    settings: RunSettings,
+    run: Location,
+    config: MQWenConfig,
+    dataset: Callable[[Progress], ray.data.Dataset],
+    split: ray.train.DataConfig,
+    rows: Rows,
+    blank: Batch,
+) -> ray.train.Result:
+    """Trains until the last step. `dataset` gives the rows from a progress on; `rows` reads one rank's of them."""
+    gpus = settings.parallel.gpus_per_worker
+    # Ray's own list of checkpoints is bound to its version and to checkpoints that are still there. Ours is the
+    # committed checkpoints themselves, so every job starts with a list of its own.
+    (checkpoint.folder(run) / "checkpoint_manager_snapshot.json").delete()
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"task": Task(settings, run, config, rows, blank)},
+        # Counts are summed over gloo beside the gradients' NCCL, so that no step waits for the GPU to count.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.parallel.workers,
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": settings.parallel.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+        ),
+        # Called at each start of the worker group: after a failure the stream starts where the checkpoint stands.
+        datasets={"train": lambda: dataset(checkpoint.progress(run))},
+        dataset_config=split,
+        run_config=ray.train.RunConfig(
+            name=checkpoint.FOLDER,
+            storage_path=run.path,
+            storage_filesystem=run.filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=settings.parallel.max_failures),
+        ),
+    )
+    return trainer.fit()

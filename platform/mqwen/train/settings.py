@@ -1,0 +1,102 @@
+"""A run's settings: everything that decides what a run computes, as typed dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class SettingsError(ValueError):
+    """Settings that cannot work; the message names the option, what is allowed and the way out."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Where the weights start: an artifact folder, or fresh weights of the sizes in `config` (MQWenConfig's names)."""
+
+    init_from: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`dataset` is a URI that jobs/ingest.py wrote. A row is what one forward pass takes.
+
+    `max_bad` is the share of samples that may turn out unreadable before the run stops.
+    """
+
+    dataset: str = ""
+    pack_length: int = 2048
+    packs_per_row: int = 1
+    rows_per_step: int = 8
+    run_samples: int = 64
+    window_runs: int = 16
+    max_bad: float = 0.001
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW, clipped, with linear warm-up and cosine decay to zero. Learning rates by part of the model."""
+
+    learning_rate: float = 1e-4
+    projector_learning_rate: float | None = None
+    freeze: tuple[str, ...] = ()
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    warmup: float = 0.05
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """`cpus_per_worker` is what Ray sets aside for a training worker and how many threads it computes with.
+
+    `max_failures` is how often a run may lose its workers and go on from its last checkpoint.
+    """
+
+    workers: int = 1
+    strategy: Literal["fsdp2"] = "fsdp2"
+    cpus_per_worker: int = 1
+    gpus_per_worker: int = 0
+    max_failures: int = 3
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    every: int = 100
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """`runs` is the URI under which the run's folder NAME lies; `tokenizer` a folder with qwen.tiktoken."""
+
+    name: str
+    runs: str = "out/runs"
+    tokenizer: str = ""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10
+
+    def check(self) -> None:
+        """Raises SettingsError for what can be known before a worker starts."""
+        for option, value, least in (
+            ("steps", self.steps, 1),
+            ("log-every", self.log_every, 1),
+            ("data.rows-per-step", self.data.rows_per_step, 1),
+            ("data.packs-per-row", self.data.packs_per_row, 1),
+            ("parallel.workers", self.parallel.workers, 1),
+            ("checkpoint.every", self.checkpoint.every, 1),
+            ("checkpoint.keep", self.checkpoint.keep, 1),
+        ):
+            if value < least:
+                raise SettingsError(f"--{option} is {value}; at least {least} is needed")
+        if not self.data.dataset:
+            raise SettingsError("--data.dataset is missing: give the URI of a dataset that jobs/ingest.py wrote")
+        if not self.name or "/" in self.name:
+            raise SettingsError(f"--name {self.name!r} must be a plain name: it becomes a folder under --runs")

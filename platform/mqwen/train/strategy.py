@@ -1,0 +1,74 @@
+"""How one model spreads over the workers. The loop knows this interface and nothing of what is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from mqwen.train.optimizer import parameter_groups
+from mqwen.train.settings import OptimizerSettings
+
+
+class Strategy(Protocol):
+    """Holds the sharded model and its optimizer. Every rank calls each method equally often."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds this rank's part of the global batch's loss to the gradients: the sum over ranks is the gradient."""
+        ...
+
+    def step(self) -> float:
+        """Clips, updates, clears the gradients; returns the gradient's global norm before clipping."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Sharded weights and optimizer state, as torch.distributed.checkpoint writes and fills them."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class FSDP2:
+    """torch's `fully_shard`: every block of the language model a unit, the rest (embeddings, picture path) another."""
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], settings: OptimizerSettings) -> None:
+        self.device = next(model.parameters()).device
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        self.model = model
+        self._clip = settings.clip
+        # The groups are made now because sharding has put new parameters in the place of the old ones.
+        groups = parameter_groups(model, settings)
+        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, foreach=True)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss * dist.get_world_size()).backward()  # fully_shard averages over the ranks
+
+    def step(self) -> float:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def state(self) -> dict[str, Any]:
+        weights, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions())
+        return {"model": weights, "optimizer": optimizer}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+STRATEGIES: dict[str, Callable[[nn.Module, list[nn.Module], OptimizerSettings], Strategy]] = {"fsdp2": FSDP2}
