@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from mqwen.engine.request import EngineClosedError, RequestError
+from mqwen.engine.request import EngineClosedError
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,10 +44,8 @@ def as_api_error(error: Exception) -> ApiError:
     """What a client may know of any error. An unexpected one is logged here, with its trace."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, RequestError):
-        return ApiError(400, error.message, param=error.param, code=error.code)
     if isinstance(error, RequestValidationError):
-        return _from_validation(error.errors())
+        return _from_validation(error.errors()[0], error.body)
     if isinstance(error, StarletteHTTPException):  # FastAPI's own: no such route or method, a body that is no JSON
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, BackPressureError):
@@ -69,7 +67,6 @@ def add_error_handlers(app: FastAPI) -> None:
     for kind in (
         StarletteHTTPException,
         RequestValidationError,
-        RequestError,
         BackPressureError,
         *UNAVAILABLE,
         Exception,
@@ -77,23 +74,34 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
 
-def _from_validation(errors: Sequence[Any]) -> ApiError:
-    first = errors[0]
-    if first["type"] == "json_invalid":
+def _from_validation(error: Any, body: Any) -> ApiError:
+    if error["type"] == "json_invalid":
         return ApiError(400, "The body is not valid JSON.", code="invalid_json")
-    param = field_path(first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    param = _field_path(error["loc"][1:], body, missing=error["type"] == "missing")
+    if error["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
-    if first["type"] == "missing" and param is None:
+    if error["type"] == "missing" and param is None:
         return ApiError(400, "A JSON body is required, with Content-Type application/json.", code="missing_body")
-    if first["type"] == "missing":
+    if error["type"] == "missing":
         return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     where = f"Invalid '{param}': " if param else "Invalid body: "
-    return ApiError(400, where + message, param=param, code="invalid_value")
+    return ApiError(400, where + error["msg"].removeprefix("Value error, "), param=param, code="invalid_value")
 
 
-def field_path(loc: Sequence[str | int]) -> str | None:
-    """("body", "messages", 0, "content") as messages[0].content."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:])
+def _field_path(loc: Sequence[str | int], body: Any, *, missing: bool) -> str | None:
+    """pydantic's ("messages", 0, "user", "content", "text") as messages[0].content.
+
+    It names the branches that it took through unions, too ("user", "text"): what the body does not hold is left out,
+    unless it is the field that is missing.
+    """
+    path = ""
+    for place, part in enumerate(loc):
+        if isinstance(part, int):
+            path += f"[{part}]"
+            body = body[part] if isinstance(body, list) else None
+        elif isinstance(body, dict) and part in body:
+            path += f".{part}"
+            body = body[part]
+        elif missing and place == len(loc) - 1:
+            path += f".{part}"
     return path.removeprefix(".") or None

@@ -113,9 +113,9 @@ def create_app(backend: Backend, policy: Policy) -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> JSONResponse | StreamingResponse:
         _check_model(body.model, model)
-        task = _task(body, policy.max_pictures)
+        task, fields = _task(body, policy.max_pictures)
         reply = Reply(f"chatcmpl-{request.headers.get('x-request-id') or uuid4().hex}", model)
-        events = backend.generate(task)
+        events = _answer(backend, task, fields)
         if body.stream:
             try:
                 first = await anext(events)  # what is wrong with the request shows here, while a status can be sent
@@ -137,31 +137,31 @@ def _check_model(asked: str, served: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _task(body: ChatCompletionRequest, max_pictures: int) -> ChatTask:
-    """The request in the engine's terms: each picture's bytes taken out of the messages, in their order."""
+def _task(body: ChatCompletionRequest, max_pictures: int) -> tuple[ChatTask, dict[str, str]]:
+    """The request in the engine's terms, pictures taken out of the messages; and what its fields are called here."""
     messages: list[dict[str, Any]] = []
     pictures: list[bytes] = []
+    fields = {"input_ids": "messages", "max_tokens": "max_tokens"}
+    if body.max_completion_tokens is not None:
+        fields["max_tokens"] = "max_completion_tokens"
     for number, message in enumerate(body.messages):
-        role = "system" if message.role == "developer" else message.role
+        content: str | list[dict[str, str]]
         if isinstance(message.content, str):
-            messages.append({"role": role, "content": message.content})
-            continue
-        parts: list[dict[str, str]] = []
-        for place, part in enumerate(message.content):
-            if isinstance(part, ImagePart):
-                try:
-                    pictures.append(part.image_url.content())
-                except ValueError as error:
-                    param = f"messages[{number}].content[{place}].image_url.url"
-                    raise ApiError(400, f"Invalid '{param}': {error}", param=param, code="invalid_image") from error
-                parts.append({"type": "image"})
-            else:
-                parts.append({"type": "text", "text": part.text})
-        messages.append({"role": role, "content": parts})
+            content = message.content
+        else:
+            content = []
+            for place, part in enumerate(message.content):
+                if isinstance(part, ImagePart):
+                    fields[f"pictures[{len(pictures)}]"] = f"messages[{number}].content[{place}].image_url.url"
+                    pictures.append(part.image_url.url)
+                    content.append({"type": "image"})
+                else:
+                    content.append({"type": "text", "text": part.text})
+        messages.append({"role": "system" if message.role == "developer" else message.role, "content": content})
     if len(pictures) > max_pictures:
-        message = f"The request has {len(pictures)} pictures; at most {max_pictures} are allowed."
-        raise ApiError(400, message, param="messages", code="too_many_images")
-    return ChatTask(
+        text = f"The request has {len(pictures)} pictures; at most {max_pictures} are allowed."
+        raise ApiError(400, text, param="messages", code="too_many_images")
+    task = ChatTask(
         messages=messages,
         pictures=pictures,
         max_tokens=body.limit,
@@ -171,6 +171,18 @@ def _task(body: ChatCompletionRequest, max_pictures: int) -> ChatTask:
         stop=body.stops,
         stream=bool(body.stream),
     )
+    return task, fields
+
+
+async def _answer(backend: Backend, task: ChatTask, fields: dict[str, str]) -> AsyncGenerator[TokenEvent]:
+    """The backend's events; a refusal in the words of this API."""
+    async with aclosing(backend.generate(task)) as events:
+        try:
+            async for event in events:
+                yield event
+        except RequestError as error:
+            param = fields.get(error.param or "", "messages")
+            raise ApiError(400, error.message, param=param, code=error.code) from error
 
 
 async def _stream(

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -27,23 +27,25 @@ class ChatTask:
 
 
 class ModelReplica:
-    """checkpoint: an artifact's folder. gpu: whether Serve gave this replica a GPU."""
+    """checkpoint: an artifact's folder. gpu: whether Serve gave this replica a GPU.
+
+    Serve itself waits for running requests before it ends a replica, and calls `check_health`.
+    """
 
     def __init__(self, checkpoint: str, gpu: bool) -> None:
         # Imported here: the driver and the ingress import this module, and need no torch.
         from mqwen.engine.engine import Engine, EngineSettings
-        from mqwen.model import MQWenLMHeadModel
-        from mqwen.model.processor import MQWenProcessor
+        from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 
         processor = MQWenProcessor.from_pretrained(checkpoint)
         model = MQWenLMHeadModel.from_pretrained(checkpoint).eval()
         self._tokenizer = processor.tokenizer
-        self._engine = Engine(model.to("cuda") if gpu else model, processor, EngineSettings())
+        self.engine = Engine(model.to("cuda") if gpu else model, processor, EngineSettings())
 
     async def generate(self, task: ChatTask) -> AsyncGenerator[TokenEvent | RequestError]:
         """Token events. A refused request is an item, not an exception, which Serve would log as a failure of ours."""
         try:
-            async with aclosing(self._engine.generate(self._request(task))) as events:
+            async with aclosing(self.engine.generate(self._request(task))) as events:
                 if task.stream:
                     async for event in events:
                         yield event
@@ -53,17 +55,15 @@ class ModelReplica:
             yield error
 
     async def is_ready(self) -> bool:
-        return self._engine.health()
+        return self.engine.health()
+
+    async def stats(self) -> dict[str, int]:
+        return asdict(self.engine.stats())
 
     def check_health(self) -> None:
-        """Called by Serve: an exception gets this replica replaced."""
-        if not self._engine.health():
+        """An exception gets this replica replaced."""
+        if not self.engine.health():
             raise RuntimeError("the engine's thread has ended")
-
-    async def __del__(self) -> None:
-        """Called by Serve when this replica is to end and its requests have."""
-        if hasattr(self, "_engine"):
-            await self._engine.drain()
 
     def _request(self, task: ChatTask) -> Request:
         from mqwen.model.chat import ConversationError, encode_chat

@@ -1,14 +1,24 @@
 """The chat API's requests and replies, as OpenAI's. A parameter that this server does not implement is refused."""
 
 import base64
-import binascii
 import re
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.IGNORECASE)
+REMOTE = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 class Strict(BaseModel):
@@ -20,28 +30,29 @@ class TextPart(Strict):
     text: str
 
 
+def _picture_bytes(url: Any) -> bytes:
+    """A picture file's bytes from a data URL."""
+    if not isinstance(url, str):
+        raise ValueError("expected a string")
+    if REMOTE.match(url):
+        raise ValueError("pictures are not fetched from remote addresses; send a data URL (data:image/...;base64,...)")
+    if not (head := DATA_URL.match(url)):
+        raise ValueError("expected a data URL of a picture (data:image/...;base64,...)")
+    try:
+        content = base64.b64decode(url[head.end() :], validate=True)
+    except ValueError as error:
+        raise ValueError("the data URL's base64 is broken") from error
+    if not content:
+        raise ValueError("the data URL holds no picture")
+    return content
+
+
+DataURL = Annotated[bytes, BeforeValidator(_picture_bytes), WithJsonSchema({"type": "string", "format": "uri"})]
+
+
 class ImageURL(Strict):
-    url: str = Field(description="A data URL: data:image/png;base64,...")
+    url: DataURL = Field(description="data:image/png;base64,... (here: the picture file's bytes)")
     detail: Literal["auto", "low", "high"] = Field("auto", description="Accepted; every picture has one resolution.")
-
-    @field_validator("url")
-    @classmethod
-    def _is_data_url(cls, url: str) -> str:
-        if re.match(r"\s*[a-z][a-z0-9+.-]*://", url, re.IGNORECASE):
-            raise ValueError("pictures are not fetched from remote addresses; send a data URL (data:image/...;base64,)")
-        if not DATA_URL.match(url):
-            raise ValueError("expected a data URL of a picture (data:image/...;base64,...)")
-        return url
-
-    def content(self) -> bytes:
-        """The picture file's bytes. Raises ValueError where the base64 is broken or empty."""
-        try:
-            content = base64.b64decode(self.url[self.url.index(",") + 1 :], validate=True)
-        except binascii.Error as error:
-            raise ValueError("the data URL's base64 is broken") from error
-        if not content:
-            raise ValueError("the data URL holds no picture")
-        return content
 
 
 class ImagePart(Strict):

@@ -18,9 +18,8 @@ from mqwen.engine.request import (
     RequestError,
     TokenEvent,
 )
-from mqwen.model import MQWenCache, MQWenLMHeadModel
+from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.chat import encode_chat
-from mqwen.model.processor import MQWenProcessor
 from tests.engine.tiny import picture
 
 QUESTIONS = ["Which digit?", "图片里是哪个数字？", "How many digits are there in the picture?", "总和"]
@@ -63,7 +62,6 @@ def one_by_one(model: MQWenLMHeadModel, processor: MQWenProcessor, request: Requ
             pixel_values=torch.stack(pixels) if pixels else None,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=request.max_tokens,
-            past_key_values=MQWenCache(),
             do_sample=False,
             suppress_tokens=[model.config.image_token_id],
             eos_token_id=processor.tokenizer.stop_ids,

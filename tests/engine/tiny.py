@@ -7,9 +7,7 @@ from random import Random
 import torch
 from PIL import Image
 
-from mqwen.model import MQWenConfig, MQWenLMHeadModel
-from mqwen.model.processor import MQWenProcessor
-from mqwen.model.tokenizer import MQWenTokenizer
+from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
 from mqwen.model.vocabulary import train_vocabulary
 
 TEXTS = (
