@@ -190,8 +190,8 @@ def test_c7_lora(reference_adapter: Path) -> None:
 
 
 def test_c8_trainer(reference_adapter: Path) -> None:
-    """Four steps of the reference's trainer, by a plain loop. The log has four decimals of the loss (tolerance 1e-4); of
-    the gradient's norm 1e-4 is asked relatively; the weights after it agree to 5e-5, where a step moves them by up to 5e-3."""
+    """Four steps of the reference's trainer, by a plain loop. Tolerances: the log's four decimals of the loss 1e-4, the
+    gradient's norm 1e-4 of itself, the weights 5e-5, where one step moves them by up to 5e-3."""
     recorded = META["c8_trainer"]
     model = tiny_model()
     wrapped = attach_adapter(model, reference_adapter, trainable=True).train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,30 +81,6 @@ def read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensors.get_tensor(name)
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from None
-
-
-def load_artifact(load: Callable[..., Any], directory: Folder, options: dict[str, Any]) -> Any:
-    """Run transformers' from_pretrained on a local folder, and accept nothing but a full match."""
-    folder = Path(directory)
-    for file in weight_files(folder):
-        for _ in _headers(file):
-            pass
-    read_json(folder / "config.json")
-    asked = options.pop("output_loading_info", False)
-    model, info = load(folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options)
-    problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    for kind, names in problems.items():
-        if names:
-            raise CheckpointError(f"{folder} does not hold this model: {len(names)} {kind}, first {names[0]}")
-    return (model, info) if asked else model
-
-
-def _headers(file: Path) -> Iterator[str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield from tensors.keys()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or no safetensors file: {error}") from None
 

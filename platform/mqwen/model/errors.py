@@ -64,3 +64,16 @@ class ConversationError(MQWenError):
 
 class PictureError(MQWenError):
     """Bytes that are no readable picture, or a picture past the limits."""
+
+
+class ArtifactError(CheckpointError):
+    """An artifact that is not whole, or not this model's: names the file and, where one is at fault, the tensor."""
+
+    def __init__(self, file: object, problem: str, tensor: str | None = None) -> None:
+        super().__init__(f"{file}: {f'tensor {tensor}: ' if tensor else ''}{problem}")
+        self.file = str(file)
+        self.tensor = tensor
+
+
+class ArtifactVersionError(ArtifactError):
+    """An artifact that a newer mqwen wrote."""

@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from mqwen.model.adapters import merge_adapter
+from mqwen.model.artifact import check_artifact
 from mqwen.model.attention import AttentionPlan
 from mqwen.model.blocks import Block, RMSNorm, VisionTower
 from mqwen.model.cache import MQWenCache
@@ -22,7 +23,6 @@ from mqwen.model.components import (
     Folder,
     component_weights,
     components_config,
-    load_artifact,
     load_components,
 )
 from mqwen.model.configuration import MQWenConfig
@@ -287,7 +287,8 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, GenerationMixin):
             segment_ids: (B, T) or (B, L), packed rows: 0 padding, from 1 the conversation. Each conversation comes out
                 as if it were alone. Not with a cache.
             labels: (B, T) or (B, L), -100 is ignored; the shift by one is done here.
-            use_cache: return a cache also where none is given.
+            use_cache: return a cache also where none is given; None: as the configuration says, but not in training,
+                with labels, or packed.
             logits_to_keep: 0 all positions; n the last n; (M,) integers those positions; "labels": the loss only, from
                 the labelled positions in chunks, and no logits.
             num_items_in_batch: what the summed loss is divided by; None: the labelled positions of this batch.
@@ -306,6 +307,8 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, GenerationMixin):
             raise CacheError(f"past_key_values must be an MQWenCache, not {type(past_key_values).__name__}")
         if segment_ids is not None and (past_key_values is not None or use_cache):
             raise SegmentError("packed rows (segment_ids) cannot be cached; give each conversation a row of its own")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None and segment_ids is None
         if pixel_values is not None:
             if images is not None:
                 raise PictureShapeError("give images (features) or pixel_values (pictures), not both")
@@ -469,9 +472,10 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, GenerationMixin):
         Keyword arguments go to transformers' from_pretrained (dtype, device_map, ...).
 
         Raises:
-            CheckpointError: no such folder, a file that is missing or truncated, or weights that are not this model's.
+            CheckpointError, ConfigurationError: as `check_artifact`, before any weight is read.
         """
-        return load_artifact(super().from_pretrained, directory, kwargs)
+        check_artifact(directory)
+        return super().from_pretrained(directory, use_safetensors=True, local_files_only=True, **kwargs)
 
 
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:

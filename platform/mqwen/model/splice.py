@@ -78,7 +78,9 @@ def expand(
     """Replace each placeholder by `image_positions` positions.
 
     Labels, mask and segment ids may each be as long as input_ids (they are expanded here) or as long as the result
-    (they are taken as they are). Rows with fewer pictures come out shorter and are padded on `padding_side`.
+    (they are taken as they are); what is as long as input_ids always counts as not expanded. Rows with fewer pictures
+    come out shorter and are padded on `padding_side`; where mask or segment ids, as long as input_ids, show padding
+    that no row needs after expansion, it is cut off, unless something came in the full length.
     The host reads from input_ids' device once, so ids on the CPU cost an accelerator no wait.
 
     Args:
@@ -139,7 +141,7 @@ def expand(
 
     def widen(tensor: Tensor, fill: int) -> Tensor:
         tensor = tensor.to(device).long()
-        return tensor if tensor.shape[1] == length else tensor.gather(1, source).masked_fill(~inside, fill)
+        return tensor if tensor.shape[1] != width else tensor.gather(1, source).masked_fill(~inside, fill)
 
     if filled is not None:
         filled = widen(filled, 0)
