@@ -1,0 +1,117 @@
+"""Is this folder a whole artifact of ours? Answered from config.json and the headers, before any weight is read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mqwen.model.components import INDEX, WEIGHTS, Folder, read_json
+from mqwen.model.configuration import FORMAT_VERSION, MQWenConfig
+from mqwen.model.errors import ArtifactError, ArtifactVersionError
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# How files of torch.save start: a zip archive, or a bare pickle of protocol 2 and up.
+_PICKLES = (b"PK\x03\x04", *(b"\x80%c" % protocol for protocol in range(2, 6)))
+
+
+def check_artifact(directory: Folder) -> MQWenConfig:
+    """Checks version, files, names, shapes and lengths; costs milliseconds, whatever the size of the weights.
+
+    Returns:
+        The artifact's configuration.
+
+    Raises:
+        ArtifactVersionError: written by a newer mqwen.
+        ArtifactError: a file or tensor that is missing, one too many, of another shape or no float, a file cut short, a
+            pickle. Its `file` and `tensor` say which.
+        ConfigurationError: a configuration that no network can be built from.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ArtifactError(folder, "is no folder; an artifact is a local folder as save_pretrained writes it")
+    config = _read_config(folder / "config.json")
+    expected = _expected_shapes(config)
+    found: dict[str, Path] = {}
+    for file, listed in _weight_files(folder).items():
+        for name, shape, dtype in _header(file):
+            if name not in expected:
+                raise ArtifactError(file, "no parameter of this model has that name", name)
+            if name in found:
+                raise ArtifactError(file, f"stands in {found[name].name} too", name)
+            if shape != expected[name]:
+                raise ArtifactError(file, f"shape {shape}, but config.json asks for {expected[name]}", name)
+            if dtype not in _FLOATS:
+                raise ArtifactError(file, f"dtype {dtype}; allowed are {', '.join(_FLOATS)}", name)
+            if listed is not None and name not in listed:
+                raise ArtifactError(folder / INDEX, f"is in {file.name}, but the index does not say so", name)
+            found[name] = file
+        if absent := sorted((listed or set()) - found.keys()):
+            raise ArtifactError(file, "the index says that it is in this file, which lacks it", absent[0])
+    if absent := sorted(expected.keys() - found.keys()):
+        where = folder / (INDEX if len(set(found.values())) > 1 else WEIGHTS)
+        raise ArtifactError(where, f"missing, and {len(absent) - 1} more; was the save interrupted?", absent[0])
+    return config
+
+
+def _read_config(path: Path) -> MQWenConfig:
+    content = read_json(path)
+    if content.get("model_type") != MQWenConfig.model_type:
+        raise ArtifactError(
+            path,
+            f"model_type is {content.get('model_type')!r}, not {MQWenConfig.model_type!r}; published Qwen and CLIP "
+            "folders are read by MQWenLMHeadModel.from_components",
+        )
+    version = content.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ArtifactError(path, f"format_version is {version!r}; an artifact has 1 to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise ArtifactVersionError(
+            path,
+            f"format_version {version} was written by a newer mqwen; this one reads up to {FORMAT_VERSION}: update it",
+        )
+    return MQWenConfig.from_dict(content)
+
+
+def _expected_shapes(config: MQWenConfig) -> dict[str, tuple[int, ...]]:
+    from mqwen.model.network import MQWenLMHeadModel  # it calls check_artifact when it loads
+
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in MQWenLMHeadModel(config).state_dict().items()}
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The files that hold weights, each with the tensors that the index says it holds."""
+    if not (folder / INDEX).exists():
+        return {folder / WEIGHTS: None}
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ArtifactError(folder / INDEX, "has no weight_map from tensors to files")
+    files: dict[Path, set[str] | None] = {}
+    for tensor, file in sorted(listed.items(), key=lambda item: str(item[1])):
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ArtifactError(folder / INDEX, f"{file!r} is no name of a file in this folder", tensor)
+        names = files.setdefault(folder / file, set())
+        assert names is not None
+        names.add(tensor)
+    return files
+
+
+def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of each tensor of a file, whose length must be what its header says."""
+    try:
+        with file.open("rb") as opened:
+            if opened.read(4).startswith(_PICKLES):
+                raise ArtifactError(
+                    file, "is a pickle (torch.save), which can run code; artifacts hold safetensors only: export again"
+                )
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                part = tensors.get_slice(name)
+                yield name, tuple(part.get_shape()), part.get_dtype()
+    except FileNotFoundError:
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in file.parent.glob(pattern))
+        hint = f"; {pickles[0]} is a pickle, which is not read" if pickles else ""
+        raise ArtifactError(file, f"is missing{hint}") from None
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(file, f"is cut short or no safetensors file ({error}); copy it again") from None
