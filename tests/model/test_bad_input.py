@@ -134,38 +134,6 @@ def test_a_projector_of_another_shape(tmp_path: Path) -> None:
         attach_adapter(tiny_model(), tmp_path)
 
 
-def spoil_checkpoint(folder: Path, name: str) -> None:
-    path = folder / name
-    if path.exists():
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("how", ["missing", "truncated"])
-def test_artifact_folder(tmp_path: Path, name: str, how: str) -> None:
-    small_model().save_pretrained(tmp_path)
-    if how == "missing":
-        (tmp_path / name).unlink()
-    else:
-        spoil_checkpoint(tmp_path, name)
-    with pytest.raises(CheckpointError, match=name):
-        MQWenLMHeadModel.from_pretrained(tmp_path)
-
-
-def test_artifact_of_another_shape(tmp_path: Path) -> None:
-    small_model().save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    gone = weights.pop("transformer.ln_f.weight")
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"missing_keys, first transformer\.ln_f\.weight"):
-        MQWenLMHeadModel.from_pretrained(tmp_path)
-    save_file(weights | {"transformer.ln_f.weight": gone[:5]}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"mismatched_keys, first .*transformer\.ln_f\.weight"):
-        MQWenLMHeadModel.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="no folder"):
-        MQWenLMHeadModel.from_pretrained(tmp_path / "nowhere")
-
-
 def test_components_of_another_kind() -> None:
     qwen, clip, projector = (FIXTURES / name for name in ("tiny-qwen", "tiny-clip", "feature_proj.safetensors"))
     with pytest.raises(CheckpointError, match="not Qwen v1"):
@@ -174,7 +142,7 @@ def test_components_of_another_kind() -> None:
         MQWenLMHeadModel.from_components(qwen, qwen, image_token_id=500)
     with pytest.raises(CheckpointError, match="does not exist"):
         MQWenLMHeadModel.from_components(qwen, clip, FIXTURES / "nothing.safetensors", image_token_id=500)
-    with pytest.raises(CheckpointError, match="feature_proj.text_projection.weight is no parameter"):
+    with pytest.raises(CheckpointError, match=r"feature_proj\.text_projection\.weight is no parameter"):
         MQWenLMHeadModel.from_components(qwen, clip, clip / "model.safetensors", image_token_id=500)
     with pytest.raises(ConfigurationError, match="image_token_id 151646"):
         MQWenLMHeadModel.from_components(qwen, clip, projector)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mqwen.model.cache import MQWenCache
     from mqwen.model.configuration import MQWenConfig
-    from mqwen.model.network import MQWenLMHeadModel, MQWenModel
+    from mqwen.model.network import MQWenLMHeadModel
     from mqwen.model.processor import MQWenProcessor
     from mqwen.model.tokenizer import MQWenTokenizer
+    from mqwen.model.transformer import MQWenModel
 
 __all__ = ["MQWenCache", "MQWenConfig", "MQWenLMHeadModel", "MQWenModel", "MQWenProcessor", "MQWenTokenizer"]
 
@@ -20,7 +21,7 @@ _FILES = {
     "MQWenCache": "cache",
     "MQWenConfig": "configuration",
     "MQWenLMHeadModel": "network",
-    "MQWenModel": "network",
+    "MQWenModel": "transformer",
     "MQWenProcessor": "processor",
     "MQWenTokenizer": "tokenizer",
 }

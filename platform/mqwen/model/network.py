@@ -1,23 +1,22 @@
-"""MQWenModel and MQWenLMHeadModel: Qwen v1 that reads pictures through a CLIP vision tower.
+"""MQWenLMHeadModel: Qwen v1 that reads pictures through a CLIP vision tower.
 
-Shapes: B rows, T ids of a row as given, L positions of a row after expansion, K key positions, N pictures,
-P positions of a picture, C hidden channels, V vocabulary.
+Shapes: B rows, T ids of a row as given, L positions of a row after expansion, N pictures, P positions of a picture,
+H, W height and width of a picture, C hidden channels, V vocabulary, M positions asked for.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mqwen.model.adapters import merge_adapter
 from mqwen.model.artifact import check_artifact
-from mqwen.model.attention import AttentionPlan
-from mqwen.model.blocks import Block, RMSNorm, VisionTower
+from mqwen.model.blocks import VisionTower
 from mqwen.model.cache import MQWenCache
 from mqwen.model.components import (
     Folder,
@@ -26,163 +25,14 @@ from mqwen.model.components import (
     load_components,
 )
 from mqwen.model.configuration import MQWenConfig
-from mqwen.model.errors import CacheError, GenerationError, PictureCountError, PictureShapeError, SegmentError
+from mqwen.model.errors import CacheError, PictureShapeError, SegmentError
+from mqwen.model.generation import PictureGenerationMixin
 from mqwen.model.loss import labelled_loss, token_loss
-from mqwen.model.rotary import logn_factors, ntk_alpha, rotary_tables
-from mqwen.model.splice import Expanded, PaddingSide, expand, lengths_of, positions_of
+from mqwen.model.splice import PaddingSide
+from mqwen.model.transformer import MQWenModel, MQWenPreTrainedModel
 
 
-class MQWenPreTrainedModel(PreTrainedModel):
-    """What both models share with transformers: configuration, initial values, checkpointing of blocks."""
-
-    config_class = MQWenConfig
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["Block", "CLIPEncoderLayer"]
-    _supports_sdpa = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Normal with initializer_range; what writes to the residual stream is scaled by 1 / sqrt(2 * layers)."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, Block):
-            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-            for projection in (module.attn.c_proj, module.mlp.c_proj):
-                init.normal_(projection.weight, std=std)
-
-
-class MQWenModel(MQWenPreTrainedModel):
-    """Qwen v1's transformer, with picture features in the places of the placeholders."""
-
-    def __init__(self, config: MQWenConfig) -> None:
-        super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
-        self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.wte = value
-
-    def expand(
-        self,
-        input_ids: Tensor,
-        pictures: int,
-        *,
-        past_key_values: MQWenCache | None = None,
-        attention_mask: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        padding_side: PaddingSide = "right",
-    ) -> Expanded:
-        """`splice.expand` with this model's constants; the rows come out on the model's device."""
-        if past_key_values is not None:
-            attention_mask = past_key_values.mask_of_new(attention_mask, input_ids.shape[1])
-        return expand(
-            input_ids,
-            pictures,
-            image_token_id=self.config.image_token_id,
-            image_positions=self.config.image_positions,
-            vocab_size=self.config.vocab_size,
-            labels=labels,
-            attention_mask=attention_mask,
-            segment_ids=segment_ids,
-            padding_side=padding_side,
-        ).to(self.wte.weight.device)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        images: Tensor | None = None,
-        past_key_values: MQWenCache | None = None,
-        attention_mask: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        padding_side: PaddingSide = "right",
-        expanded: Expanded | None = None,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states of the expanded rows.
-
-        Args:
-            images: (N, P, C), projected features of the pictures, in the placeholders' row-major order.
-            expanded: the rows as `self.expand` returns them, from a caller that needs them too; ids, mask, segment ids
-                and padding side are not looked at then.
-            other arguments: as MQWenLMHeadModel.forward.
-
-        Returns:
-            last_hidden_state (B, L, C), after ln_f; past_key_values; hidden_states if asked for: the embeddings and
-            each block's output, the last one after ln_f.
-        """
-        if expanded is None:
-            assert input_ids is not None, "input_ids or expanded"
-            expanded = self.expand(
-                input_ids,
-                0 if images is None else len(images),
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                segment_ids=segment_ids,
-                padding_side=padding_side,
-            )
-        if past_key_values is None and use_cache:
-            past_key_values = MQWenCache()
-        plan = self._plan(expanded, past_key_values)
-
-        hidden = self.wte(expanded.ids)
-        if images is not None:
-            features = images.to(hidden.device, hidden.dtype).flatten(0, 1)
-            hidden = hidden.flatten(0, 1).index_copy(0, expanded.slots, features).view_as(hidden)
-
-        states = [hidden]
-        for block in self.h:
-            hidden = block(hidden, plan, past_key_values=past_key_values)
-            states.append(hidden)
-        states[-1] = hidden = self.ln_f(hidden)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values,
-            hidden_states=tuple(states) if output_hidden_states else None,
-        )
-
-    def _plan(self, expanded: Expanded, cache: MQWenCache | None) -> AttentionPlan:
-        """Rotary tables, logn factors and visibility, once for all layers; takes the rows into the cache.
-
-        Dynamic NTK and logn belong to eval mode: Qwen v1 trains without both.
-        """
-        config = self.config
-        extends = not self.training and (config.use_dynamic_ntk or config.use_logn_attn)
-        positions = positions_of(expanded)
-        past_length = 0
-        alpha = None
-        if cache is None:
-            if extends and expanded.ids.shape[1] > config.seq_length and config.use_dynamic_ntk:
-                alpha = ntk_alpha(lengths_of(expanded), config.seq_length)
-        else:
-            past_length = cache.key_length
-            if cache.lengths is not None:
-                positions = positions + cache.lengths.unsqueeze(1)
-            cache.append(expanded, positions)
-            if past_length == 0 and extends and config.use_dynamic_ntk:
-                cache.fix_alpha(config.seq_length)
-            alpha = None if cache.alpha is None else cache.alpha.unsqueeze(1)
-        cos, sin = rotary_tables(positions, alpha, config.rotary_dim, config.rotary_emb_base)
-        reaches = past_length + expanded.ids.shape[1] > config.seq_length
-        logn = logn_factors(positions, config.seq_length) if extends and config.use_logn_attn and reaches else None
-        plan = AttentionPlan(cos, sin, logn)
-        plan.see(expanded, past_length, None if cache is None else cache.mask)
-        return plan
-
-
-class MQWenLMHeadModel(MQWenPreTrainedModel, GenerationMixin):
+class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
     """MQWenModel with a vision tower, a projector and a language-model head.
 
     Parameters: `transformer.*` and `lm_head.*` as in Qwen v1, `visual.vision_model.*` as in CLIP, `feature_proj.0` and
@@ -351,73 +201,6 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: MQWenCache | None = None,
-        attention_mask: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        use_cache: bool | None = True,
-        images: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        logits_to_keep: int = 1,
-        **unused: Any,
-    ) -> dict[str, Any]:
-        """One step of transformers' generate: pictures go in with the prompt, afterwards only the new ids.
-
-        Given a cache of earlier turns, input_ids are the whole conversation (or the new turn alone), pictures those of
-        the new turn only.
-        """
-        if next_sequence_length is not None:
-            input_ids = input_ids[:, -next_sequence_length:]
-        with_pictures = is_first_iteration or not use_cache
-        return {
-            "input_ids": input_ids,
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "use_cache": use_cache,
-            "images": images if with_pictures else None,
-            "pixel_values": pixel_values if with_pictures else None,
-            "logits_to_keep": logits_to_keep,
-            "padding_side": "left",  # each row's last place must be its last token
-        }
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Give generate an MQWenCache instead of transformers' DynamicCache."""
-        for name in ("cache_implementation", "prefill_chunk_size"):
-            if getattr(generation_config, name, None) is not None:
-                raise GenerationError(
-                    f"generate does not take {name}: sequences are kept in an MQWenCache, prompts go in at once; "
-                    "for chunks call forward with MQWenCache(prompt_lengths=...)"
-                )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MQWenCache()
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeat rows for beams or several answers; a row's pictures are encoded once and stay together."""
-        pixel_values, images = model_kwargs.pop("pixel_values", None), model_kwargs.pop("images", None)
-        if pixel_values is not None:
-            images = self.encode_images(pixel_values)
-        if images is not None and expand_size > 1:
-            assert input_ids is not None
-            counts = (input_ids == self.config.image_token_id).sum(1).tolist()
-            if sum(counts) != len(images):
-                raise PictureCountError(sum(counts), len(images))
-            images = torch.cat([part for row in images.split(counts) for part in [row] * expand_size])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, "images": images}
 
     def _check_features(self, images: Tensor | None) -> None:
         expected = (self.config.image_positions, self.config.hidden_size)
