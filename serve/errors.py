@@ -64,13 +64,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    for kind in (
-        StarletteHTTPException,
-        RequestValidationError,
-        BackPressureError,
-        *UNAVAILABLE,
-        Exception,
-    ):
+    for kind in (StarletteHTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, answer)
 
 

@@ -175,7 +175,10 @@ def _task(body: ChatCompletionRequest, max_pictures: int) -> tuple[ChatTask, dic
 
 
 async def _answer(backend: Backend, task: ChatTask, fields: dict[str, str]) -> AsyncGenerator[TokenEvent]:
-    """The backend's events; a refusal in the words of this API."""
+    """The backend's events. What it fails with becomes an ApiError here, refusals in this API's words.
+
+    Not in a handler of the app: Serve replaces handlers for its own errors by some that answer in plain text.
+    """
     async with aclosing(backend.generate(task)) as events:
         try:
             async for event in events:
@@ -183,6 +186,8 @@ async def _answer(backend: Backend, task: ChatTask, fields: dict[str, str]) -> A
         except RequestError as error:
             param = fields.get(error.param or "", "messages")
             raise ApiError(400, error.message, param=param, code=error.code) from error
+        except Exception as error:
+            raise as_api_error(error) from error
 
 
 async def _stream(
@@ -199,10 +204,8 @@ async def _stream(
         yield _sse(reply.chunk({}, _finish_reason(event)))
         if with_usage:
             yield _sse(reply.usage_chunk(_usage(event)))
-    except asyncio.CancelledError:
-        raise
-    except Exception as error:
-        yield _sse(as_api_error(error).body())
+    except ApiError as error:
+        yield _sse(error.body())
     yield "data: [DONE]\n\n"
 
 

@@ -85,12 +85,17 @@ def _in_words(error: Any) -> str:
 def _check_artifact(folder: Path) -> None:
     """Raises SettingsError where a file is missing or truncated, before replicas try to load it again and again."""
     from mqwen.model.components import read_json, read_safetensors, weight_files
-    from mqwen.model.processor import MQWenProcessor
+    from mqwen.model.errors import CheckpointError
+    from mqwen.model.processor import PREPROCESSOR_FILE, MQWenProcessor
+    from mqwen.model.vocabulary import VOCABULARY_FILE
 
     if not folder.is_dir():
         raise SettingsError(f"checkpoint={folder} is no folder; give one that jobs/export.py wrote.")
     try:
-        read_json(folder / "config.json")
+        if not (folder / VOCABULARY_FILE).is_file():
+            raise CheckpointError(f"{folder} has no {VOCABULARY_FILE}")
+        for name in ("config.json", PREPROCESSOR_FILE):
+            read_json(folder / name)
         for file in weight_files(folder):
             next(read_safetensors(file), None)  # opening compares the header with the file's length
         MQWenProcessor.from_pretrained(folder)

@@ -1,8 +1,10 @@
 """A whole artifact with random weights, as wide as the demo's: what engine and service do does not rest on training."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from PIL import Image
@@ -61,3 +63,31 @@ def picture(seed: int, size: tuple[int, int] = (64, 48)) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
+
+
+def generate_alone(
+    model: MQWenLMHeadModel, processor: MQWenProcessor, ids: Sequence[int], pictures: Sequence[Any], max_tokens: int
+) -> tuple[list[int], bool]:
+    """Greedy tokens from transformers' generate, one request by itself, up to the first tie; and whether there is one.
+
+    A tie is a step whose two largest logits are closer than 1e-4: there, and after it, company may change the choice.
+    """
+    pixels = [torch.from_numpy(processor.normalize(processor.pixels(one))) for one in pictures]
+    prompt = torch.tensor([list(ids)])
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=prompt,
+            pixel_values=torch.stack(pixels) if pixels else None,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            suppress_tokens=[model.config.image_token_id],
+            eos_token_id=processor.tokenizer.stop_ids,
+            pad_token_id=processor.tokenizer.eod_id,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    best = torch.cat(out.scores).topk(2).values
+    ties = ((best[:, 0] - best[:, 1]) < 1e-4).nonzero().flatten().tolist()
+    tokens = out.sequences[0, len(prompt[0]) :].tolist()
+    return (tokens[: ties[0]], True) if ties else (tokens, False)

@@ -1,1 +1,84 @@
-"""Options are refused before anything is deployed, with the way out."""
+"""Options and checkpoints are refused in one line, before anything is deployed."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve.app import build
+from serve.keys import ENVIRONMENT, hash_key
+from serve.settings import Settings, SettingsError
+
+
+def test_defaults(artifact: Path) -> None:
+    settings = Settings.from_arguments({"checkpoint": str(artifact)})
+    assert settings.checkpoint == artifact
+    assert settings.model == "tiny"
+    assert settings.auth == "on"
+    assert Settings.from_arguments({"checkpoint": str(artifact), "name": "other"}).model == "other"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chekpoint": "x"}, "Unknown option chekpoint=x; did you mean checkpoint?"),
+        ({"replicas": "3"}, "did you mean min_replicas?|did you mean max_replicas?"),
+        ({"zzz": "3"}, "Unknown option zzz=3; allowed are checkpoint, name, auth"),
+        ({"max_replicas": "many"}, "Option max_replicas=many: .*integer"),
+        ({"min_replicas": "3", "max_replicas": "2"}, "max_replicas=2 is below min_replicas=3"),
+        ({"auth": "no"}, "Option auth=no: .*'on' or 'off'"),
+        ({"cpus": "-1"}, "Option cpus=-1: .*greater than or equal to 0"),
+        ({"checkpoint": "/nowhere"}, "checkpoint=/nowhere is no folder"),
+    ],
+)
+def test_wrong_options(artifact: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as raised:
+        Settings.from_arguments({"checkpoint": str(artifact)} | options)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_checkpoint_is_required() -> None:
+    with pytest.raises(SettingsError, match="Option checkpoint is required"):
+        Settings.from_arguments({})
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "qwen.tiktoken", "preprocessor_config.json"])
+def test_a_missing_or_truncated_file_is_named(
+    artifact: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    folder = shutil.copytree(artifact, tmp_path / "tiny")
+    damage(folder / name)
+    with pytest.raises(SettingsError, match=rf"checkpoint=\S+ cannot be served: .*{name}"):
+        Settings.from_arguments({"checkpoint": str(folder)})
+
+
+def test_without_keys_nothing_is_built(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    with pytest.raises(SettingsError, match=r"no API keys are configured.*auth=off"):
+        build({"checkpoint": str(artifact)})
+    build({"checkpoint": str(artifact), "auth": "off"})
+
+
+def test_keys_come_from_the_file(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    file = tmp_path / "keys"
+    file.write_text(hash_key("sk-a"))
+    settings = Settings.from_arguments({"checkpoint": str(artifact), "keys_file": str(file)})
+    assert settings.key_hashes() == {hash_key("sk-a")}
+
+
+def test_the_command_line_says_it_in_one_line() -> None:
+    command = [str(Path(sys.executable).with_name("serve")), "run", "serve.app:build", "chekpoint=x"]
+    run: Any = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1] == "Error: Unknown option chekpoint=x; did you mean checkpoint?"
+    assert "Traceback" not in run.stderr

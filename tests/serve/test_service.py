@@ -1,0 +1,286 @@
+"""The whole application on Ray Serve, asked by the official client: answers, streams, keys, aborts, back-pressure."""
+
+import asyncio
+import base64
+import json
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+from ray import serve
+
+from mqwen.model import MQWenLMHeadModel, MQWenProcessor
+from mqwen.model.chat import encode_chat
+from serve.app import build
+from serve.keys import ENVIRONMENT, hash_key
+from tests.engine.tiny import generate_alone, picture
+
+KEY = "sk-service"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def url(artifact: Path) -> Iterator[str]:
+    """Two applications on one cluster: `/` as users have it, `/narrow` with little room for requests."""
+    port, folder = free_port(), tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets lie in it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv(ENVIRONMENT, hash_key(KEY))
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(build({"checkpoint": str(artifact)}), name="main")
+            narrow = {"auth": "off", "max_ongoing_requests": "1", "max_queued_requests": "2", "cpus": "0.5"}
+            narrow |= {"min_replicas": "2", "max_replicas": "2", "name": "narrow"}
+            serve.run(build({"checkpoint": str(artifact)} | narrow), name="narrow", route_prefix="/narrow")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(artifact: Path) -> Callable[..., str | None]:
+    """The answer by transformers' generate, without engine and HTTP; None where a tie leaves it open."""
+    model, processor = MQWenLMHeadModel.from_pretrained(artifact).eval(), MQWenProcessor.from_pretrained(artifact)
+
+    def answer(messages: list[Any], pictures: list[bytes], max_tokens: int) -> str | None:
+        ids = encode_chat(processor.tokenizer, messages, add_generation_prompt=True).input_ids
+        tokens, tie = generate_alone(model, processor, ids, pictures, max_tokens)
+        return None if tie else str(processor.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    return answer
+
+
+def image_part(content: bytes) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(content).decode()}"}}
+
+
+def asked(number: int) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [image_part(picture(number)), {"type": "text", "text": "Which digit?"}]}]
+
+
+def plain(number: int) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which digit?"}]}]
+
+
+def test_a_conversation_with_pictures(client: openai.OpenAI, expected: Callable[..., str | None]) -> None:
+    pictures = [picture(1), picture(2), picture(3)]
+    parts = [image_part(one) for one in pictures]
+    conversation = [
+        {"role": "system", "content": "You see pictures. 你会看图。"},
+        {"role": "user", "content": [parts[0], {"type": "text", "text": "Which digit?"}, parts[1]]},
+        {"role": "assistant", "content": "三"},
+        {"role": "user", "content": [{"type": "text", "text": "And here?"}, parts[2]]},
+    ]
+    reply = client.chat.completions.create(model="tiny", messages=conversation, max_tokens=12, temperature=0)  # type: ignore[arg-type]
+    own = json.loads(json.dumps(conversation).replace('"image_url", "image_url"', '"image", "image_url"'))
+    assert reply.choices[0].message.content == expected(own, pictures, 12)
+    assert reply.choices[0].message.role == "assistant"
+    assert reply.choices[0].finish_reason in ("stop", "length")
+    assert reply.object == "chat.completion"
+    assert reply.id.startswith("chatcmpl-")
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens > 3 * 36
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+def test_a_stream_gives_the_same_text_and_its_usage(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "tiny", "messages": asked(4), "max_tokens": 16, "temperature": 0}
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    deltas = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in deltas) == whole.choices[0].message.content
+    assert deltas[0].delta.role == "assistant"
+    assert [choice.finish_reason for choice in deltas[:-1]] == [None] * (len(deltas) - 1)
+    assert deltas[-1].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert len(deltas) > 3
+    bare = list(client.chat.completions.create(**options, stream=True))
+    assert all(chunk.usage is None for chunk in bare)
+
+
+def test_a_stream_on_the_wire(url: str) -> None:
+    body = {"model": "tiny", "messages": asked(4), "max_tokens": 4, "stream": True}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = response.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: {") for event in events[:-2])
+
+
+def test_many_at_once_get_the_answers_of_each_alone(url: str, expected: Callable[..., str | None]) -> None:
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+
+            async def ask(number: int) -> str:
+                options: dict[str, Any] = {"messages": asked(number), "max_tokens": 8, "temperature": 0}
+                if number % 2:
+                    reply = await client.chat.completions.create(model="tiny", **options)
+                    return reply.choices[0].message.content or ""
+                stream = await client.chat.completions.create(model="tiny", **options, stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            return await asyncio.gather(*map(ask, range(24)))
+
+    answers = asyncio.run(main())
+    alone = [expected(plain(number), [picture(number)], 8) for number in range(24)]
+    assert alone.count(None) <= 3
+    assert [answer for answer, one in zip(answers, alone, strict=True) if one] == list(filter(None, alone))
+    assert len(set(answers)) > 8
+
+
+def test_seed_and_stop(client: openai.OpenAI) -> None:
+    def ask(number: int, **options: Any) -> str:
+        reply = client.chat.completions.create(model="tiny", messages=asked(number), max_tokens=20, **options)  # type: ignore[arg-type]
+        return reply.choices[0].message.content or ""
+
+    sampled = [ask(1, temperature=1.5, top_p=0.9, seed=seed) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    number = next(number for number in range(30) if len(ask(number, temperature=0)) > 8)
+    text = ask(number, temperature=0)
+    stop = text[4:6]
+    cut = [ask(number, temperature=0, stop=one) for one in (stop, ["nowhere", stop])]
+    assert cut == [text[: text.index(stop)]] * 2
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist"):
+        client.models.retrieve("other")
+
+
+def test_the_client_raises_what_openai_would(url: str, client: openai.OpenAI) -> None:
+    for key in ("sk-wrong", hash_key(KEY)):
+        with pytest.raises(openai.AuthenticationError, match="not known") as raised:
+            client.with_options(api_key=key).models.list()
+        assert raised.value.code == "invalid_api_key"
+    content = [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}}]
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="not fetched") as bad:
+            client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": content}],
+                stream=stream,  # type: ignore[call-overload]
+            )
+        assert bad.value.param == "messages[0].content[0].image_url.url"
+        content[0] = image_part(b"none")
+        with pytest.raises(openai.BadRequestError, match="no picture"):
+            client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": content}],
+                stream=stream,  # type: ignore[call-overload]
+            )
+        content[0] = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}}
+
+
+def test_probes_need_no_key_and_requests_have_ids(url: str) -> None:
+    for path, status in (("/health", "ok"), ("/ready", "ready")):
+        response = httpx.get(url + path)
+        assert (response.status_code, response.json()) == (200, {"status": status})
+        assert response.headers["x-request-id"]
+    response = httpx.get(f"{url}/v1/models", headers={"x-request-id": "mine"})
+    assert response.status_code == 401
+    assert response.headers.get_list("x-request-id") == ["mine"]
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_aborts_its_generation(url: str, stream: bool) -> None:
+    handle = serve.get_deployment_handle("ModelReplica", "main")
+    before = handle.stats.remote().result()
+    body = {"model": "tiny", "messages": asked(1), "stream": stream, "max_tokens": 400, "temperature": 2, "seed": 1}
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as client:
+            if stream:
+                async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                    await anext(response.aiter_lines())
+                return
+            request = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            await until(lambda: handle.stats.remote(), lambda stats: stats["running"] > 0)
+            request.cancel()
+
+    async def main() -> None:
+        await leave()
+        await until(lambda: handle.stats.remote(), lambda stats: stats["aborted"] == before["aborted"] + 1)
+
+    asyncio.run(main())
+
+
+async def until(ask: Callable[[], Any], condition: Callable[[Any], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition(await ask()):
+            await asyncio.sleep(0.005)
+
+
+def test_above_the_queue_is_429_and_below_it_an_answer(url: str) -> None:
+    body = {"model": "narrow", "messages": [{"role": "user", "content": "总和"}], "max_tokens": 300, "temperature": 2}
+
+    def ask(number: int) -> httpx.Response:
+        return httpx.post(f"{url}/narrow/v1/chat/completions", json=body | {"seed": number}, timeout=60)
+
+    with ThreadPoolExecutor(12) as pool:
+        responses = list(pool.map(ask, range(12)))
+    assert {response.status_code for response in responses} == {200, 429}
+    for response in responses:
+        if response.status_code == 429:
+            assert response.headers["retry-after"] == "1"
+            assert response.json()["error"]["type"] == "rate_limit_error"
+            assert response.json()["error"]["code"] == "queue_full"
+
+
+def test_a_killed_replica_is_503_and_replaced(url: str) -> None:
+    body = {"model": "narrow", "messages": [{"role": "user", "content": "总和"}], "max_tokens": 400, "temperature": 2}
+    names = [
+        name
+        for one in ray.util.list_named_actors(all_namespaces=True)
+        if "narrow#ModelReplica" in (name := one["name"])
+    ]
+    assert len(names) == 2
+
+    def kill_both() -> None:
+        for name in names:
+            ray.kill(ray.get_actor(name, namespace="serve"))
+
+    lines = []
+    with httpx.stream(
+        "POST", f"{url}/narrow/v1/chat/completions", json=body | {"stream": True}, timeout=60
+    ) as response:
+        for line in response.iter_lines():
+            lines.append(line)
+            if len(lines) == 1:
+                kill_both()
+    assert lines[-2] == "data: [DONE]"
+    error = json.loads(lines[-4].removeprefix("data: "))["error"]
+    assert error["code"] == "replica_gone"
+    assert "Try again" in error["message"]
+    with httpx.Client(base_url=f"{url}/narrow", timeout=60) as client:
+
+        async def status() -> int:
+            return client.get("/ready").status_code
+
+        asyncio.run(until(status, lambda status: status == 200))
+        assert client.post("/v1/chat/completions", json=body | {"max_tokens": 2}).status_code == 200
