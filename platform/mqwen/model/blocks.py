@@ -75,6 +75,9 @@ class Block(GradientCheckpointingLayer):
         self.attn = Attention(config, layer)
         self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mlp = MLP(config)
+        # What 2 * layers projections add up in the residual stream starts at unit size (Radford et al., GPT-2, 2019).
+        for projection in (self.attn.c_proj, self.mlp.c_proj):
+            projection.init_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
     def forward(self, hidden: Tensor, plan: AttentionPlan, past_key_values: MQWenCache | None = None) -> Tensor:
         hidden = hidden + self.attn(self.ln_1(hidden), plan, past_key_values)
@@ -94,3 +97,13 @@ class VisionTower(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.vision_model(pixel_values=pictures).last_hidden_state[:, 1:]
+
+
+class Projector(nn.Sequential):
+    """Linear, GELU (the exact one), Linear: (N, P, vision channels) to (N, P, C)."""
+
+    def __init__(self, config: MQWenConfig) -> None:
+        first = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
+        second = nn.Linear(config.hidden_size, config.hidden_size)
+        first.init_std = second.init_std = 0.01
+        super().__init__(first, nn.GELU(), second)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mqwen.model.adapters import merge_adapter
 from mqwen.model.artifact import check_artifact
-from mqwen.model.blocks import VisionTower
+from mqwen.model.blocks import Projector, VisionTower
 from mqwen.model.cache import MQWenCache
 from mqwen.model.components import (
     Folder,
@@ -36,7 +36,7 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
     """MQWenModel with a vision tower, a projector and a language-model head.
 
     Parameters: `transformer.*` and `lm_head.*` as in Qwen v1, `visual.vision_model.*` as in CLIP, `feature_proj.0` and
-    `feature_proj.2` the projector (Linear, GELU, Linear).
+    `feature_proj.2` the projector.
     """
 
     def __init__(self, config: MQWenConfig) -> None:
@@ -44,22 +44,8 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
         self.transformer = MQWenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.visual = VisionTower(config.vision_config)
-        self.feature_proj = nn.Sequential(
-            nn.Linear(config.vision_config.hidden_size, config.hidden_size),
-            nn.GELU(),
-            nn.Linear(config.hidden_size, config.hidden_size),
-        )
+        self.feature_proj = Projector(config)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self.feature_proj:
-            self._init_projector()
-
-    def _init_projector(self) -> None:
-        for linear in (self.feature_proj[0], self.feature_proj[2]):
-            init.normal_(linear.weight, std=0.01)
-            init.zeros_(linear.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
@@ -242,7 +228,7 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
         with init.no_init_weights():
             model = cls(config).to(dtype)
         if projector is None:
-            model._init_projector()
+            model.feature_proj.apply(model._init_weights)
         load_components(model, component_weights(qwen, clip, projector), projector=projector is not None)
         if adapter is not None:
             merge_adapter(model, adapter)

@@ -33,17 +33,13 @@ class MQWenPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with initializer_range; what writes to the residual stream is scaled by 1 / sqrt(2 * layers)."""
+        """Normal with initializer_range, or with the `init_std` that a linear layer names; biases 0, norms 1."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=self.config.initializer_range)
+            init.normal_(module.weight, std=getattr(module, "init_std", self.config.initializer_range))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, Block):
-            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-            for projection in (module.attn.c_proj, module.mlp.c_proj):
-                init.normal_(projection.weight, std=std)
 
 
 class MQWenModel(MQWenPreTrainedModel):
