@@ -105,5 +105,6 @@ class Projector(nn.Sequential):
     def __init__(self, config: MQWenConfig) -> None:
         first = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
         second = nn.Linear(config.hidden_size, config.hidden_size)
-        first.init_std = second.init_std = 0.01
+        for linear in (first, second):
+            linear.init_std = 0.01  # type: ignore[assignment]
         super().__init__(first, nn.GELU(), second)
