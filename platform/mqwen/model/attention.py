@@ -6,7 +6,7 @@ Shapes: B rows, L query positions, K key positions, H heads, D channels of a hea
 from __future__ import annotations
 
 import inspect
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from mqwen.model.splice import Expanded, Layout, run_starts
+from mqwen.model.rows import Expanded, Layout
 
 # The flag for causal attention was renamed while varlen_attn was young; torch 2.13 has window_size.
 _CAUSAL: dict[str, Any] = (
@@ -54,7 +54,7 @@ class AttentionPlan:
             past_length: places in the cache before this call.
             key_mask: (B, K), 1 where a key is a token, as the cache holds it after this call; None where all are.
         """
-        rows, length = expanded.ids.shape
+        length = expanded.ids.shape[1]
         segments = expanded.segments
         device = expanded.ids.device
         if past_length == 0:
@@ -63,9 +63,10 @@ class AttentionPlan:
                 return
             assert segments is not None
             if expanded.layout is Layout.RUNS:
-                first = run_starts(segments).flatten().nonzero().flatten()
-                self.runs = [stop - start for start, stop in pairwise([*first.tolist(), rows * length])]
-                self.offsets = F.pad(first, (0, 1), value=rows * length).int()
+                assert expanded.runs is not None
+                self.runs = expanded.runs
+                offsets = torch.tensor([0, *accumulate(self.runs)], dtype=torch.int32)
+                self.offsets = offsets.to(device, non_blocking=True)
                 return
             keys = queries = segments
         else:

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from mqwen.model.errors import CacheError
 from mqwen.model.rotary import ntk_alpha
-from mqwen.model.splice import Expanded, Layout
+from mqwen.model.rows import Expanded, Layout
 
 
 class MQWenCache(Cache):

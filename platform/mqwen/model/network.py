@@ -173,10 +173,10 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
                 raise ValueError(
                     f'logits_to_keep={logits_to_keep!r}: a number, positions, or "labels" with labels given'
                 )
-            loss = labelled_loss(self.lm_head, hidden, expanded.labels, num_items_in_batch)
+            loss = labelled_loss(self.lm_head, hidden, expanded, num_items_in_batch)
         elif expanded.labels is not None:
             logits = self.lm_head(hidden)
-            loss = token_loss(logits, expanded.labels, num_items_in_batch)
+            loss = token_loss(logits, expanded, num_items_in_batch)
             logits = logits[:, _kept(logits_to_keep)]
         else:
             logits = self.lm_head(hidden[:, _kept(logits_to_keep)])

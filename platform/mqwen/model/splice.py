@@ -8,59 +8,16 @@ Shapes: B rows, T ids of a row as given, L positions of a row after expansion, P
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mqwen.model.errors import LengthError, PictureCountError, SegmentError, TokenRangeError
-
-IGNORE = -100  # a label that no loss is computed for
+from mqwen.model.rows import IGNORE, Expanded, Layout, run_starts
 
 PaddingSide = Literal["left", "right"]
-
-
-class Layout(Enum):
-    """How the rows are filled, which decides on the attention kernel."""
-
-    FULL = "every position is a token of one conversation"
-    PREFIX = "one conversation a row, padding only at its end"
-    RUNS = "conversations and padding are unbroken runs"
-    HOLES = "a conversation with masked positions inside"
-
-
-@dataclass(frozen=True)
-class Expanded:
-    """Rows after expansion.
-
-    Attributes:
-        ids: (B, L), int64; picture positions hold the placeholder's id, padding that expansion added holds 0.
-        labels: (B, L), int64, or None. Aligned with ids (the shift by one is the loss's); -100 at picture positions,
-            padding, and each conversation's first token, which nothing inside of the conversation predicts.
-        segments: (B, L), int64, or None when layout is FULL: 0 padding, from 1 the conversation.
-        slots: (N * P,), int64: places of the picture positions in the flattened (B * L), in the pictures' order.
-        layout: how the rows are filled.
-        token_count: T.
-    """
-
-    ids: Tensor
-    labels: Tensor | None
-    segments: Tensor | None
-    slots: Tensor
-    layout: Layout
-    token_count: int
-
-    def to(self, device: torch.device) -> Expanded:
-        """The same on another device, copied without waiting."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        ids, slots = move(self.ids), move(self.slots)
-        assert ids is not None and slots is not None
-        return Expanded(ids, move(self.labels), move(self.segments), slots, self.layout, self.token_count)
 
 
 def expand(
@@ -127,8 +84,7 @@ def expand(
     length = _length(given, rows, width, width + max(growth), width if not pictures else max(needs))
     if pictures == 0:
         slots = torch.empty(0, dtype=torch.long, device=device)
-        segments = None if layout is Layout.FULL else filled
-        return Expanded(ids, _clean(labels, segments, slots), segments, slots, layout, width)
+        return _finish(ids, labels, filled, slots, layout, width)
 
     if padding_side == "left":
         starts, ends = starts + (length - ends), torch.full_like(ends, length)
@@ -157,41 +113,8 @@ def expand(
     firsts = torch.zeros(pictures + 1, dtype=torch.long, device=device).scatter_(0, bins, flat_starts)[:pictures]
     slots = (firsts.unsqueeze(1) + torch.arange(image_positions, device=device)).flatten()
 
-    segments = None if layout is Layout.FULL else filled
-    labels = None if labels is None else _clean(widen(labels, IGNORE), segments, slots)
-    return Expanded(widen(ids, 0), labels, segments, slots, layout, width)
-
-
-def positions_of(expanded: Expanded) -> Tensor:
-    """Position of each place in its conversation, from 0: (B, L), or (1, L) where all rows are alike; int64.
-
-    Runs restart at 0; a conversation with holes counts its tokens only.
-    """
-    segments = expanded.segments
-    places = torch.arange(expanded.ids.shape[1], device=expanded.ids.device)
-    if segments is None:
-        return places.unsqueeze(0)
-    if expanded.layout is Layout.HOLES:
-        return ((segments > 0).long().cumsum(1) - 1).clamp(min=0)
-    return places - torch.where(run_starts(segments), places, 0).cummax(1).values
-
-
-def lengths_of(expanded: Expanded) -> Tensor:
-    """Length of the conversation that each place belongs to: (B, L), or (1, 1) where all rows are alike; int64."""
-    segments = expanded.segments
-    if segments is None:
-        return torch.full((1, 1), expanded.ids.shape[1], device=expanded.ids.device)
-    if expanded.layout is Layout.HOLES:
-        return (segments > 0).sum(1, keepdim=True).expand_as(segments)
-    runs = run_starts(segments).long().cumsum(1) - 1
-    return torch.zeros_like(segments).scatter_add_(1, runs, torch.ones_like(runs)).gather(1, runs)
-
-
-def run_starts(segments: Tensor) -> Tensor:
-    """True where a run of equal segment ids begins: (B, L), bool. A row's first place always does."""
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return starts
+    labels = None if labels is None else widen(labels, IGNORE)
+    return _finish(widen(ids, 0), labels, filled, slots, layout, width)
 
 
 def _filled(ids: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
@@ -268,16 +191,24 @@ def _length(given: dict[str, Tensor | None], rows: int, width: int, full: int, n
     return length
 
 
-def _clean(labels: Tensor | None, segments: Tensor | None, slots: Tensor) -> Tensor | None:
-    """Labels without those that no position can be asked for."""
-    if labels is None:
-        return None
-    labels = labels.long().to(slots.device)
-    if segments is not None:
-        labels = labels.masked_fill((segments == 0) | run_starts(segments), IGNORE)
-    if len(slots):
-        labels = labels.flatten().index_fill(0, slots, IGNORE).view_as(labels)
-    return labels
+def _finish(
+    ids: Tensor, labels: Tensor | None, filled: Tensor | None, slots: Tensor, layout: Layout, width: int
+) -> Expanded:
+    """Take out labels that no position can be asked for, and find the places that are asked, and the runs."""
+    segments = None if layout is Layout.FULL else filled
+    asked = None
+    if labels is not None:
+        labels = labels.long().to(ids.device)
+        if segments is not None:
+            labels = labels.masked_fill((segments == 0) | run_starts(segments), IGNORE)
+        if len(slots):
+            labels = labels.flatten().index_fill(0, slots, IGNORE).view_as(labels)
+        asked = torch.nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero().flatten()
+    runs = None
+    if segments is not None and layout is Layout.RUNS:
+        first = run_starts(segments).flatten().nonzero().flatten().tolist()
+        runs = [stop - start for start, stop in pairwise([*first, segments.numel()])]
+    return Expanded(ids, labels, asked, segments, slots, layout, runs, width)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -19,7 +19,8 @@ from mqwen.model.blocks import Block, RMSNorm
 from mqwen.model.cache import MQWenCache
 from mqwen.model.configuration import MQWenConfig
 from mqwen.model.rotary import logn_factors, ntk_alpha, rotary_tables
-from mqwen.model.splice import Expanded, PaddingSide, expand, lengths_of, positions_of
+from mqwen.model.rows import Expanded, lengths_of, positions_of
+from mqwen.model.splice import PaddingSide, expand
 
 
 class MQWenPreTrainedModel(PreTrainedModel):
