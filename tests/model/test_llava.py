@@ -137,17 +137,20 @@ def test_the_folder_holds_what_servers_need(folder: Path, model: MQWenLMHeadMode
     assert type(AutoModelForImageTextToText.from_pretrained(folder)) is LlavaForConditionalGeneration
 
 
-def test_shards_and_dtype_are_kept_and_a_second_export_replaces_the_first(
+def test_shards_dtype_and_sampling_are_kept_and_a_second_export_replaces_the_first(
     model: MQWenLMHeadModel, processor: MQWenProcessor, tmp_path: Path
 ) -> None:
     export_llava(model, processor, tmp_path)
     half = MQWenLMHeadModel(model.config).to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
+    half.generation_config.update(do_sample=True, top_p=0.7)
     export_llava(half, processor, tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert not (tmp_path / "model.safetensors").exists()
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
     assert loaded.dtype == torch.bfloat16
+    assert (loaded.generation_config.do_sample, loaded.generation_config.top_p) == (True, 0.7)
+    assert loaded.generation_config.eos_token_id == processor.tokenizer.stop_ids
     assert loaded.lm_head.weight.equal(half.lm_head.weight)
 
 

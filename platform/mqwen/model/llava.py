@@ -55,8 +55,8 @@ def export_llava(
     save_torch_state_dict(dict(_weights(model)), directory, max_shard_size=max_shard_size)
 
     tokenizer = processor.tokenizer
-    generation = GenerationConfig(eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.eod_id)
-    generation.save_pretrained(directory)
+    ends = {"eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.eod_id}
+    GenerationConfig.from_dict(model.generation_config.to_diff_dict() | ends).save_pretrained(directory)
     processor.save_pretrained(directory)
     tokenizer.save_fast(directory)  # over the files that name our class
     vision = model.config.vision_config
