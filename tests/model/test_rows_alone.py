@@ -172,6 +172,29 @@ def test_chunks_on_a_cache(seed: int) -> None:
     assert torch.equal(cache.lengths, lengths)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(20))
+def test_masked_positions_inside_of_a_row(seed: int) -> None:
+    """A mask with holes: the row equals what is left of it, and goes on so from the cache."""
+    draw = random.Random(3000 + seed)
+    model = small_model()
+    width = draw.randint(5, 30)
+    ids = [[draw.choice([PICTURE, *range(PICTURE)]) for _ in range(width)] for _ in range(3)]
+    mask = [[draw.choice([0, 1, 1]) for _ in row] for row in ids]
+    kept = [[t for t, m in zip(row, keep, strict=True) if m] or [row[0]] for row, keep in zip(ids, mask, strict=True)]
+    mask = [keep if any(keep) else [1] + [0] * (width - 1) for keep in mask]
+    rows = [Alone.of(row, seed * 10 + i) for i, row in enumerate(kept)]
+    out = model(torch.tensor(ids), images=together(rows), attention_mask=torch.tensor(mask), use_cache=True)
+    token = torch.tensor([[1]])
+    steps = model(token.expand(3, 1), past_key_values=out.past_key_values).logits
+    for i, row in enumerate(rows):
+        widths = [POSITIONS if m and t == PICTURE else 1 for m, t in zip(mask[i], ids[i], strict=True)]
+        where = torch.tensor([m for m, w in zip(mask[i], widths, strict=True) for _ in range(w)]).nonzero().flatten()
+        assert_close(out.logits[i, where], row.logits)
+        cache = model(torch.tensor([row.ids]), images=row.images, use_cache=True).past_key_values
+        assert_close(steps[i], model(token, past_key_values=cache).logits[0])
+
+
 def assert_close(ours: Tensor, alone: Tensor) -> None:
     assert ours.shape == alone.shape
     assert (ours - alone).abs().max() <= ATOL

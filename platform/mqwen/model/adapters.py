@@ -62,7 +62,10 @@ def merge_adapter(model: nn.Module, folder: Folder) -> None:
     Raises:
         AdapterError: see `attach_adapter`.
     """
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     attach_adapter(model, folder).merge_and_unload()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)  # PEFT froze all of them
 
 
 def _read_config(folder: Path) -> LoraConfig:

@@ -5,7 +5,7 @@ Shapes: B rows, L positions of a row, P positions of a picture, N pictures, M la
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -51,10 +51,9 @@ class Expanded:
 
     def to(self, device: torch.device) -> Expanded:
         """The same on another device, copied without waiting."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Expanded(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def positions_of(expanded: Expanded) -> Tensor:
