@@ -13,6 +13,7 @@ from mqwen.model.chat import IGNORED, EncodedChat, Message, encode_chat
 from mqwen.model.errors import CheckpointError, PictureCountError
 from mqwen.model.picture import CLIP_MEAN, CLIP_STD, MAX_PIXELS, decode_picture, normalize
 from mqwen.model.tokenizer import AllowedSpecial, MQWenTokenizer
+from mqwen.model.vocabulary import VOCABULARY_FILE
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 BICUBIC = 3  # Pillow's number, which CLIP's files hold
@@ -54,8 +55,10 @@ class MQWenProcessor:
         """Builds it from published folders: `qwen` holds qwen.tiktoken, `clip` holds preprocessor_config.json.
 
         Raises:
-            CheckpointError: the CLIP folder asks for a preprocessing other than CLIP's.
+            CheckpointError: a file is missing or damaged, or asks for a preprocessing other than CLIP's.
         """
+        if not (Path(qwen) / VOCABULARY_FILE).is_file():
+            raise CheckpointError(f"{qwen} has no {VOCABULARY_FILE}")
         tokenizer = MQWenTokenizer.from_pretrained(str(qwen), **tokenizer_options)
         return cls(tokenizer, **_read_preprocessor(Path(clip) / PREPROCESSOR_FILE))
 
@@ -199,6 +202,8 @@ def _read_preprocessor(path: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: a processor needs it beside the tokenizer's files") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     size = settings.get("size", 224)
     crop = settings.get("crop_size", 224)
     short = size.get("shortest_edge") if isinstance(size, dict) else size
