@@ -28,7 +28,7 @@ def hash_key(key: str) -> str:
 
 def load_hashes(file: Path | None) -> frozenset[str]:
     """Hashes from the file and the environment together. Raises KeysError, which tells the way out."""
-    sources = {ENVIRONMENT: os.environ.get(ENVIRONMENT, "").split(",")}
+    sources: dict[str, Iterable[str]] = {ENVIRONMENT: os.environ.get(ENVIRONMENT, "").split(",")}
     if file is not None:
         if not file.is_file():
             raise KeysError(f"keys_file={file} does not exist. {WAY_OUT}")

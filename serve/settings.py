@@ -61,7 +61,7 @@ class Settings(BaseModel):
             settings = cls.model_validate(arguments)
         except ValidationError as error:
             raise SettingsError("; ".join(_in_words(one) for one in error.errors())) from error
-        _check_artifact(settings.checkpoint)
+        _check_checkpoint(settings.checkpoint)
         return settings
 
     def key_hashes(self) -> frozenset[str] | None:
@@ -82,22 +82,13 @@ def _in_words(error: Any) -> str:
     return f"Option {name}={error['input']}: {message}" if name else message
 
 
-def _check_artifact(folder: Path) -> None:
-    """Raises SettingsError where a file is missing or truncated, before replicas try to load it again and again."""
-    from mqwen.model.components import read_json, read_safetensors, weight_files
-    from mqwen.model.errors import CheckpointError
-    from mqwen.model.processor import PREPROCESSOR_FILE, MQWenProcessor
-    from mqwen.model.vocabulary import VOCABULARY_FILE
+def _check_checkpoint(folder: Path) -> None:
+    """Raises SettingsError where a file is missing or damaged, before replicas try to load it again and again."""
+    from mqwen.model import MQWenProcessor
+    from mqwen.model.artifact import check_artifact
 
-    if not folder.is_dir():
-        raise SettingsError(f"checkpoint={folder} is no folder; give one that jobs/export.py wrote.")
     try:
-        if not (folder / VOCABULARY_FILE).is_file():
-            raise CheckpointError(f"{folder} has no {VOCABULARY_FILE}")
-        for name in ("config.json", PREPROCESSOR_FILE):
-            read_json(folder / name)
-        for file in weight_files(folder):
-            next(read_safetensors(file), None)  # opening compares the header with the file's length
+        check_artifact(folder)
         MQWenProcessor.from_pretrained(folder)
     except (ValueError, OSError) as error:
         raise SettingsError(f"checkpoint={folder} cannot be served: {error}") from error

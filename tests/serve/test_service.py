@@ -3,54 +3,121 @@
 import asyncio
 import base64
 import json
+import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import ray
 from ray import serve
 
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.chat import encode_chat
-from serve.app import build
 from serve.keys import ENVIRONMENT, hash_key
 from tests.engine.tiny import generate_alone, picture
 
 KEY = "sk-service"
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+@dataclass
+class Service:
+    """`serve run CONFIG`, started as a user would, from the repository root."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+    folder: Path  # of its Ray; in the environment of all that it starts
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return all(httpx.get(f"{self.url}{path}/ready", timeout=10).status_code == 200 for path in ("", "/narrow"))
+        except httpx.TransportError:
+            return False
+
+    def processes(self) -> list[psutil.Process]:
+        def belongs(process: psutil.Process) -> bool:
+            try:
+                return process.environ().get("RAY_TMPDIR") == str(self.folder)
+            except psutil.Error:
+                return False
+
+        return [process for process in psutil.process_iter() if belongs(process)]
 
 
 @pytest.fixture(scope="module")
-def url(artifact: Path) -> Iterator[str]:
-    """Two applications on one cluster: `/` as users have it, `/narrow` with little room for requests."""
-    port, folder = free_port(), tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets lie in it
+def service(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Two applications on one cluster: `/` as users have it, `/narrow` with little room for requests.
+
+    Options come in a file, because only a file can choose the port.
+    """
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    shared = {"checkpoint": str(artifact), "cpus": 0.25}  # all of it fits on one core
+    narrow = {"name": "narrow", "auth": "off", "max_ongoing_requests": 1, "max_queued_requests": 2}
+    narrow |= {"min_replicas": 2, "max_replicas": 2}
+    applications = [
+        {"name": "main", "import_path": "serve.app:build", "route_prefix": "/", "args": shared},
+        {"name": "narrow", "import_path": "serve.app:build", "route_prefix": "/narrow", "args": shared | narrow},
+    ]
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets lie in it
+    config = folder / "config.yaml"  # JSON is YAML
+    config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": applications}))
+    own = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    log = tmp_path_factory.mktemp("service") / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("serve")), "run", str(config)],
+            cwd=Path(__file__).parents[2],
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            | own
+            | {ENVIRONMENT: hash_key(KEY)},
+            stdout=out,
+            stderr=out,
+        )
+    service = Service(process, f"http://127.0.0.1:{port}", log, folder)
+    try:
+        deadline = time.monotonic() + 120
+        while not service.is_ready():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield service
+    finally:
+        process.kill()
+        for one in service.processes():
+            one.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def url(service: Service) -> str:
+    return service.url
+
+
+@pytest.fixture(scope="module")
+def cluster(service: Service) -> Iterator[None]:
+    """This process as another driver of the service's cluster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv(ENVIRONMENT, hash_key(KEY))
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(build({"checkpoint": str(artifact)}), name="main")
-            narrow = {"auth": "off", "max_ongoing_requests": "1", "max_queued_requests": "2", "cpus": "0.5"}
-            narrow |= {"min_replicas": "2", "max_replicas": "2", "name": "narrow"}
-            serve.run(build({"checkpoint": str(artifact)} | narrow), name="narrow", route_prefix="/narrow")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+        words = [word for process in service.processes() for word in process.cmdline()]
+        address = next(word for word in words if word.startswith("--gcs-address="))
+        ray.init(address=address.partition("=")[2], namespace="serve", log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +275,7 @@ def test_probes_need_no_key_and_requests_have_ids(url: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.usefixtures("cluster")
 def test_a_client_that_leaves_aborts_its_generation(url: str, stream: bool) -> None:
     handle = serve.get_deployment_handle("ModelReplica", "main")
     before = handle.stats.remote().result()
@@ -252,6 +320,7 @@ def test_above_the_queue_is_429_and_below_it_an_answer(url: str) -> None:
             assert response.json()["error"]["code"] == "queue_full"
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_killed_replica_is_503_and_replaced(url: str) -> None:
     body = {"model": "narrow", "messages": [{"role": "user", "content": "总和"}], "max_tokens": 400, "temperature": 2}
     names = [
@@ -284,3 +353,14 @@ def test_a_killed_replica_is_503_and_replaced(url: str) -> None:
 
         asyncio.run(until(status, lambda status: status == 200))
         assert client.post("/v1/chat/completions", json=body | {"max_tokens": 2}).status_code == 200
+
+
+def test_ctrl_c_ends_everything_that_was_started(service: Service) -> None:
+    """The last test of this file: afterwards there is no service."""
+    ray.shutdown()  # where this process has joined the cluster, it leaves it first
+    started = service.processes()
+    assert len(started) > 8
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(timeout=60) == 0
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert not left, [one.name() for one in left]

@@ -32,7 +32,7 @@ def test_defaults(artifact: Path) -> None:
         ({"min_replicas": "3", "max_replicas": "2"}, "max_replicas=2 is below min_replicas=3"),
         ({"auth": "no"}, "Option auth=no: .*'on' or 'off'"),
         ({"cpus": "-1"}, "Option cpus=-1: .*greater than or equal to 0"),
-        ({"checkpoint": "/nowhere"}, "checkpoint=/nowhere is no folder"),
+        ({"checkpoint": "/nowhere"}, "checkpoint=/nowhere cannot be served: .*is no folder"),
     ],
 )
 def test_wrong_options(artifact: Path, options: dict[str, str], message: str) -> None:

@@ -50,10 +50,9 @@ class Batch:
         return self._forward(torch.tensor([[sequence.newest] for sequence in self.sequences]))
 
     def _forward(self, ids: Tensor, attention_mask: Tensor | None = None, images: Tensor | None = None) -> Tensor:
-        device = self._model.device
         output = self._model(
-            ids.to(device),
-            attention_mask=None if attention_mask is None else attention_mask.to(device),
+            ids,  # on the CPU, where the model plans the rows; it copies them to its device without a wait
+            attention_mask=attention_mask,
             images=images,
             past_key_values=self._cache,
             padding_side="left",

@@ -56,8 +56,10 @@ class Sequence:
         self._post(error)
 
     def _post(self, event: TokenEvent | Exception) -> None:
-        if not self._loop.is_closed():  # where the reader's loop has ended there is nobody to tell
+        try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the reader's loop has ended: nobody to tell
+            self.aborted = True
 
     async def next_event(self) -> TokenEvent:
         """Raises what the engine failed with."""
