@@ -120,6 +120,24 @@ def waits_and_speed() -> None:
         print(f"{name}: {10 * 4 * 4096 / (time.perf_counter() - start):,.0f} positions/s forward and backward")
 
 
+def compiled_blocks() -> None:
+    """Blocks compiled by themselves: two graphs serve every packing."""
+    model = MQWenLMHeadModel(CONFIG).to(DEVICE, torch.bfloat16).train()
+    for block in model.transformer.h:
+        block.compile(fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    for run in (300, 410, 77, 1000):
+        model(**packed(4, 4096, run), logits_to_keep="labels").loss.backward()
+    report("graphs for four packings", torch._dynamo.utils.counters["stats"]["unique_graphs"], 2)
+    rows = packed(4, 4096, 300)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        model(**rows, logits_to_keep="labels").loss.backward()
+    torch.cuda.synchronize()
+    print(f"packed, compiled: {10 * 4 * 4096 / (time.perf_counter() - start):,.0f} positions/s forward and backward")
+
+
 if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -128,3 +146,4 @@ if __name__ == "__main__":
     varlen_against_runs()
     memory_of_long_rows()
     waits_and_speed()
+    compiled_blocks()

@@ -44,6 +44,8 @@ FORWARD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (PictureShapeError, "not both", {"images": ONE, "pixel_values": torch.zeros(1, 3, 8, 8)}),
     (TokenRangeError, r"token id 117 lies outside of the vocabulary, 0\.\.63", {"input_ids": IDS + 57}),
     (TokenRangeError, "token id -1 ", {"input_ids": IDS - 2}),
+    (TokenRangeError, "label 64 lies", {"images": ONE, "labels": torch.full((2, 4), 64)}),
+    (TokenRangeError, "label -1 lies", {"images": ONE, "labels": torch.full((2, 7), -1)}),
     (LengthError, r"labels must be \(2, 4 or 7\).*given: \(2, 5\)", {"images": ONE, "labels": torch.ones(2, 5)}),
     (LengthError, r"labels must be \(2, 4 or 7\).*given: \(1, 4\)", {"images": ONE, "labels": torch.ones(1, 4)}),
     (LengthError, "attention_mask must be", {"images": ONE, "attention_mask": torch.ones(2, 6)}),

@@ -236,6 +236,22 @@ def test_no_mask_of_positions_by_positions(rows: str) -> None:
     assert seen.elements <= 4 * length * 32 < length * length / 8
 
 
+def test_blocks_compile_whole_and_once_for_all_lengths() -> None:
+    """No graph break, and no new graph for each length of row: the second one is for any length."""
+    model = MQWenLMHeadModel(small_model().config).train()
+    ids = torch.randint(0, PICTURE, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected = [model(ids[:, :length]).logits for length in (20, 17, 13, 11)]
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for block in model.transformer.h:
+        block.compile(backend="eager", fullgraph=True)
+    for logits in expected:
+        assert torch.allclose(model(ids[:, : logits.shape[1]]).logits, logits, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
 @torch.no_grad()
 def test_partial_rotary_passes_the_rest() -> None:
     x = torch.randn(1, 3, 2, 8, generator=torch.Generator().manual_seed(0))

@@ -34,6 +34,7 @@ class AttentionPlan:
         causal: every place sees all places before it in its row, and nothing else must be kept from it.
         runs: lengths of the runs that the flattened (B * L) places fall into; places of one run see those before them.
         offsets: (number of runs + 1,), int32: where they begin and end, for the variable-length kernel.
+        longest: positions of the longest run.
         mask: (B or 1, 1, L, K), bool: True where a query may see a key.
     """
 
@@ -44,6 +45,7 @@ class AttentionPlan:
         self.causal = False
         self.runs: list[int] | None = None
         self.offsets: Tensor | None = None
+        self.longest = 0
         self.mask: Tensor | None = None
 
     def see(self, expanded: Expanded, past_length: int, key_mask: Tensor | None) -> None:
@@ -67,6 +69,7 @@ class AttentionPlan:
                 self.runs = expanded.runs
                 offsets = torch.tensor([0, *accumulate(self.runs)], dtype=torch.int32)
                 self.offsets = offsets.to(device, non_blocking=True)
+                self.longest = max(self.runs)
                 return
             keys = queries = segments
         else:
@@ -92,22 +95,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
     Returns:
         (B, L, H, D).
     """
-    if plan.runs is not None:
+    if plan.offsets is not None:
         return _attend_runs(query, key, value, plan)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, is_causal=plan.causal and q.shape[2] > 1)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, is_causal=plan.causal)
     return mixed.transpose(1, 2)
 
 
 def _attend_runs(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
     """Runs that cannot see each other, without a mask: one variable-length kernel, or else run by run."""
-    assert plan.runs is not None and plan.offsets is not None
+    assert plan.offsets is not None
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        longest = max(plan.runs)
-        mixed = varlen_attn(q, k, v, plan.offsets, plan.offsets, longest, longest, **_CAUSAL)
+        # A compiled block must not look at the list of runs: it would be compiled again for every packing.
+        mixed = varlen_attn(q, k, v, plan.offsets, plan.offsets, plan.longest, plan.longest, **_CAUSAL)
         assert isinstance(mixed, Tensor)
         return mixed.view_as(query)
+    assert plan.runs is not None
     parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(plan.runs, dim=2) for x in (q, k, v)), strict=True)
     mixed = torch.cat([F.scaled_dot_product_attention(a, b, c, is_causal=True) for a, b, c in parts], dim=2)
     return mixed.squeeze(0).transpose(0, 1).reshape(query.shape)

@@ -72,10 +72,10 @@ def expand(
     if filled is not None and filled.shape[1] == width:
         needed = _needed(starts, stops, filled > 0, padding_side)
 
-    counts, needs, smallest, largest, layout = _read(ids, is_picture, needed, filled, segment_ids)
-    if smallest < 0 or largest >= vocab_size:
-        wrong = smallest if smallest < 0 else largest
-        raise TokenRangeError(f"token id {wrong} lies outside of the vocabulary, 0..{vocab_size - 1}")
+    counts, needs, extremes, layout = _read(ids, labels, is_picture, needed, filled, segment_ids)
+    for value, name in zip(extremes, ("token id", "token id", "label", "label"), strict=True):
+        if not 0 <= value < vocab_size:
+            raise TokenRangeError(f"{name} {value} lies outside of the vocabulary, 0..{vocab_size - 1}")
     if sum(counts) != pictures:
         raise PictureCountError(sum(counts), pictures)
 
@@ -143,10 +143,17 @@ def _needed(starts: Tensor, stops: Tensor, tokens: Tensor, side: PaddingSide) ->
 
 
 def _read(
-    ids: Tensor, is_picture: Tensor, needed: Tensor, filled: Tensor | None, segment_ids: Tensor | None
-) -> tuple[list[int], list[int], int, int, Layout]:
-    """Pictures and places of each row, smallest and largest id, and the layout, by one read from the device."""
-    facts = [is_picture.sum(1), needed.flatten(), torch.stack(ids.aminmax())]
+    ids: Tensor,
+    labels: Tensor | None,
+    is_picture: Tensor,
+    needed: Tensor,
+    filled: Tensor | None,
+    segment_ids: Tensor | None,
+) -> tuple[list[int], list[int], list[int], Layout]:
+    """Pictures and places of each row, smallest and largest id and label, and the layout, by one read."""
+    wanted = ids if labels is None or labels.numel() == 0 else labels.to(ids.device).long()
+    extremes = [*ids.aminmax(), *wanted.masked_fill(wanted == IGNORE, 0).aminmax()]
+    flags = ids.new_tensor([1, 0, 0, 0])
     if filled is not None:
         closed = (filled[:, 1:] <= filled[:, :-1]).all()  # no token follows padding, no further conversation begins
         before = torch.nn.functional.pad(filled.cummax(1).values[:, :-1], (1, 0))
@@ -154,20 +161,17 @@ def _read(
         single = ((filled == 0) | (filled == filled.amax(1, keepdim=True))).all()
         full = (filled > 0).all() & single
         prefix = (filled[:, 0] > 0).all() & closed & single
-        facts.append(torch.stack([full, prefix, broken, filled.min() < 0]).long())
-    numbers = torch.cat(facts).tolist()
+        flags = torch.stack([full, prefix, broken, filled.min() < 0]).long()
+    numbers = torch.cat([is_picture.sum(1), needed.flatten(), torch.stack(extremes), flags]).tolist()
     rows = len(ids)
-    counts, needs, (smallest, largest) = numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows : 2 * rows + 2]
-    if filled is None:
-        return counts, needs, smallest, largest, Layout.FULL
-    full, prefix, broken, negative = numbers[2 * rows + 2 :]
+    full, prefix, broken, negative = numbers[-4:]
     if segment_ids is not None and (broken or negative):
         raise SegmentError(
             "segment_ids must number the conversations of a row from 1 in rising order, each one unbroken run, "
             f"0 for padding; given: {segment_ids.tolist() if segment_ids.numel() <= 64 else _shape(segment_ids)}"
         )
     layout = Layout.FULL if full else Layout.PREFIX if prefix else Layout.HOLES if broken else Layout.RUNS
-    return counts, needs, smallest, largest, layout
+    return numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows : -4], layout
 
 
 def _length(given: dict[str, Tensor | None], rows: int, width: int, full: int, needed: int) -> int:

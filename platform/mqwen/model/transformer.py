@@ -132,7 +132,8 @@ class MQWenModel(MQWenPreTrainedModel):
         states = [hidden]
         for block in self.h:
             hidden = block(hidden, plan, past_key_values=past_key_values)
-            states.append(hidden)
+            if output_hidden_states:
+                states.append(hidden)
         states[-1] = hidden = self.ln_f(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
