@@ -64,6 +64,11 @@ def test_padded_rows(seed: int) -> None:
     ids = [pad + row.ids if side == "left" else row.ids + pad for row, pad in zip(rows, padding, strict=True)]
     mask = [[0] * len(p) + [1] * len(r.ids) for r, p in zip(rows, padding, strict=True)]
     mask = mask if side == "left" else [row[::-1] for row in mask]
+    if draw.random() < 0.3:  # expanded: then a placeholder that stands in the padding cannot be told from a picture
+        ids = [[0 if not m else t for t, m in zip(row, keep, strict=True)] for row, keep in zip(ids, mask, strict=True)]
+        wide = [grown(keep, row) for row, keep in zip(ids, mask, strict=True)]
+        most = max(map(len, wide))
+        mask = [[0] * (most - len(m)) + m if side == "left" else m + [0] * (most - len(m)) for m in wide]
     out = model(
         torch.tensor(ids),
         images=together(rows),

@@ -36,7 +36,7 @@ def labelled_loss(head: nn.Module, hidden: Tensor, rows: Expanded, num_items: Te
     assert rows.labels is not None and rows.asked is not None
     places, labels = rows.asked, rows.labels.flatten()
     if len(places):
-        states, targets = hidden.flatten(0, 1)[places], labels[places + 1]
+        states, targets = hidden.flatten(0, 1).index_select(0, places), labels[places + 1]
     else:
         states, targets = hidden[0, :1], labels.new_full((1,), IGNORE)  # adds 0
 

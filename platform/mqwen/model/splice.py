@@ -153,7 +153,7 @@ def _read(
     """Pictures and places of each row, smallest and largest id and label, and the layout, by one read."""
     wanted = ids if labels is None or labels.numel() == 0 else labels.to(ids.device).long()
     extremes = [*ids.aminmax(), *wanted.masked_fill(wanted == IGNORE, 0).aminmax()]
-    flags = ids.new_tensor([1, 0, 0, 0])
+    facts = [is_picture.sum(1), needed.flatten(), torch.stack(extremes)]
     if filled is not None:
         closed = (filled[:, 1:] <= filled[:, :-1]).all()  # no token follows padding, no further conversation begins
         before = torch.nn.functional.pad(filled.cummax(1).values[:, :-1], (1, 0))
@@ -161,17 +161,17 @@ def _read(
         single = ((filled == 0) | (filled == filled.amax(1, keepdim=True))).all()
         full = (filled > 0).all() & single
         prefix = (filled[:, 0] > 0).all() & closed & single
-        flags = torch.stack([full, prefix, broken, filled.min() < 0]).long()
-    numbers = torch.cat([is_picture.sum(1), needed.flatten(), torch.stack(extremes), flags]).tolist()
-    rows = len(ids)
-    full, prefix, broken, negative = numbers[-4:]
+        facts.append(torch.stack([full, prefix, broken, filled.min() < 0]).long())
+    numbers, rows = torch.cat(facts).tolist(), len(ids)
+    counts, needs, values = numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows : 2 * rows + 4]
+    full, prefix, broken, negative = numbers[2 * rows + 4 :] or (1, 0, 0, 0)
     if segment_ids is not None and (broken or negative):
         raise SegmentError(
             "segment_ids must number the conversations of a row from 1 in rising order, each one unbroken run, "
             f"0 for padding; given: {segment_ids.tolist() if segment_ids.numel() <= 64 else _shape(segment_ids)}"
         )
     layout = Layout.FULL if full else Layout.PREFIX if prefix else Layout.HOLES if broken else Layout.RUNS
-    return numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows : -4], layout
+    return counts, needs, values, layout
 
 
 def _length(given: dict[str, Tensor | None], rows: int, width: int, full: int, needed: int) -> int:
