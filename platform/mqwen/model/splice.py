@@ -164,13 +164,13 @@ def _read(
         facts.append(torch.stack([full, prefix, broken, filled.min() < 0]).long())
     numbers, rows = torch.cat(facts).tolist(), len(ids)
     counts, needs, values = numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows : 2 * rows + 4]
-    full, prefix, broken, negative = numbers[2 * rows + 4 :] or (1, 0, 0, 0)
-    if segment_ids is not None and (broken or negative):
+    is_full, is_prefix, is_broken, is_negative = numbers[2 * rows + 4 :] or (1, 0, 0, 0)
+    if segment_ids is not None and (is_broken or is_negative):
         raise SegmentError(
             "segment_ids must number the conversations of a row from 1 in rising order, each one unbroken run, "
             f"0 for padding; given: {segment_ids.tolist() if segment_ids.numel() <= 64 else _shape(segment_ids)}"
         )
-    layout = Layout.FULL if full else Layout.PREFIX if prefix else Layout.HOLES if broken else Layout.RUNS
+    layout = Layout.FULL if is_full else Layout.PREFIX if is_prefix else Layout.HOLES if is_broken else Layout.RUNS
     return counts, needs, values, layout
 
 
