@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from mqwen.model import MQWenCache, MQWenLMHeadModel
-from mqwen.model.errors import CacheError, GenerationError
+from mqwen.model.errors import CacheError, GenerationError, LengthError
 from mqwen.model.generation import StopWordsLogitsProcessor
 from tests.model.golden import IMAGE_TOKEN, tiny_model, whole
 from tests.model.small import SEQ_LENGTH, small_model
@@ -200,6 +200,12 @@ def test_what_generate_cannot_do_is_refused(model: MQWenLMHeadModel) -> None:
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
     with pytest.raises(GenerationError, match="prefill_chunk_size"):
         model.generate(ids, prefill_chunk_size=2, max_new_tokens=2)
+    training = MQWenLMHeadModel(small_model().config).train()
+    training.gradient_checkpointing_enable()
+    with pytest.raises(CacheError, match="use_cache=False"):
+        training(ids, use_cache=True)
     cache = model(ids).past_key_values
+    with pytest.raises(LengthError, match="attention_mask"):
+        model(ids, attention_mask=torch.ones(5), past_key_values=cache)
     with pytest.raises(CacheError, match="1 rows, the call has 2"):
         model(torch.tensor([[1], [2]]), past_key_values=cache)

@@ -50,7 +50,7 @@ class MQWenCache(Cache):
 
         `attention_mask` may cover the new ids only, all ids so far (as generate grows it), or all places so far.
         """
-        if attention_mask is None or attention_mask.shape[1] <= tokens or self.key_length == 0:
+        if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] <= tokens:
             return attention_mask
         if attention_mask.shape[1] == self.token_count + tokens:
             return attention_mask[:, self.token_count :]

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mqwen.model.adapters import merge_adapter
 from mqwen.model.artifact import check_artifact
 from mqwen.model.blocks import Projector, VisionTower
 from mqwen.model.cache import MQWenCache
@@ -231,6 +230,8 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
             model.feature_proj.apply(model._init_weights)
         load_components(model, component_weights(qwen, clip, projector), projector=projector is not None)
         if adapter is not None:
+            from mqwen.model.adapters import merge_adapter  # brings peft, whose import all others need not wait for
+
             merge_adapter(model, adapter)
         return model.eval()
 

@@ -18,6 +18,7 @@ from mqwen.model.attention import AttentionPlan
 from mqwen.model.blocks import Block, RMSNorm
 from mqwen.model.cache import MQWenCache
 from mqwen.model.configuration import MQWenConfig
+from mqwen.model.errors import CacheError
 from mqwen.model.rotary import logn_factors, ntk_alpha, rotary_tables
 from mqwen.model.rows import Expanded, lengths_of, positions_of
 from mqwen.model.splice import PaddingSide, expand
@@ -122,6 +123,8 @@ class MQWenModel(MQWenPreTrainedModel):
             )
         if past_key_values is None and use_cache:
             past_key_values = MQWenCache()
+        if past_key_values is not None and self.training and self.h[0].gradient_checkpointing:
+            raise CacheError("checkpointed blocks run twice and keep no cache: use_cache=False, or eval mode")
         plan = self._plan(expanded, past_key_values)
 
         hidden = self.wte(expanded.ids)
