@@ -51,7 +51,7 @@ DataURL = Annotated[bytes, BeforeValidator(_picture_bytes), WithJsonSchema({"typ
 
 
 class ImageURL(Strict):
-    url: DataURL = Field(description="data:image/png;base64,... (here: the picture file's bytes)")
+    url: DataURL = Field(description="data:image/png;base64,... of a picture file")
     detail: Literal["auto", "low", "high"] = Field("auto", description="Accepted; every picture has one resolution.")
 
 

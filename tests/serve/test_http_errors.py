@@ -266,6 +266,13 @@ def test_wrong_routes(post: Callable[..., httpx.Response], method: str, path: st
     check_error(post(b"", path, method), status, "model" if "models" in path else None, "")
 
 
+def test_the_openapi_document_describes_the_chat_route(post: Callable[..., httpx.Response]) -> None:
+    document = post(b"", "/openapi.json", "GET").json()
+    content = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]
+    assert content["application/json"]["schema"] == {"$ref": "#/components/schemas/ChatCompletionRequest"}
+    assert document["components"]["schemas"]["ImageURL"]["properties"]["url"]["type"] == "string"
+
+
 def test_what_fails_inside_is_told_without_a_trace(
     post: Callable[..., httpx.Response], replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
