@@ -9,7 +9,6 @@ import tyro
 
 from mqwen import cli
 from mqwen.cluster import cluster
-from mqwen.data.errors import DataError
 from mqwen.data.manifest import read_manifest
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.stream import OrderedSplit, Stream
@@ -36,11 +35,8 @@ def main() -> None:
     settings = read_settings()
     config, processor = starting_point(settings)
     dataset = locate(settings.data.dataset)
-    manifest = read_manifest(dataset)
-    if manifest.tokenizer != processor.tokenizer.fingerprint:
-        raise DataError(f"{dataset} was ingested with another tokenizer than this model's; ingest it again")
     order = Order(
-        manifest,
+        read_manifest(dataset),
         OrderSettings(
             settings.seed,
             settings.data.pack_length,

@@ -7,13 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from mqwen.data.errors import DataError
-from mqwen.model.errors import MQWenError
-from mqwen.storage import StorageError
-from mqwen.train.checkpoint import CheckpointError
-from mqwen.train.settings import SettingsError
-
-USER_ERRORS = (CheckpointError, DataError, MQWenError, SettingsError, StorageError)
+from mqwen.errors import UserError
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -24,7 +18,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -17,7 +17,12 @@ if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-import ray
+# What a job prints is for people: workers print once, not also through Ray Train's logger, and Ray Data says no more
+# than what went wrong.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+
+import ray  # noqa: E402
 
 
 @contextmanager
@@ -32,10 +37,9 @@ def cluster(cpus: int) -> Iterator[str]:
     else:
         ray.init(
             num_cpus=max(cpus, os.cpu_count() or 1),
-            include_dashboard=False,
+            include_dashboard=True,  # on loopback; Ray Train asks it about its own actors
             logging_level=logging.WARNING,
         )
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # its progress repeats what the jobs print
     try:
         yield ray.get_runtime_context().gcs_address
     finally:

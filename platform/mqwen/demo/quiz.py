@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 
 from mqwen.data.sources.digits import KINDS, QUESTIONS, Language, answer, draw
+from mqwen.demo.serving import Server
 
 AT_ONCE = 16  # requests under way
 TIMEOUT = 60.0  # seconds for one answer
@@ -57,13 +58,13 @@ def shuffle_pictures(quiz: list[Question], seed: int) -> list[Question]:
     return shuffled
 
 
-def ask(url: str, key: str, model: str, quiz: list[Question], progress: Callable[[int], None]) -> list[Question]:
-    """The quiz with the answers that the server at `url` gives; `progress` is told how many came."""
+def ask(server: Server, quiz: list[Question], progress: Callable[[int, int], None]) -> list[Question]:
+    """The quiz with the server's answers; `progress` is told how many came of how many."""
 
     async def ask_all() -> list[Question]:
         gate, done = asyncio.Semaphore(AT_ONCE), 0
-        headers = {"Authorization": f"Bearer {key}"}
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT) as client:
+        headers = {"Authorization": f"Bearer {server.key}"}
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=TIMEOUT) as client:
 
             async def ask_one(question: Question) -> Question:
                 nonlocal done
@@ -73,12 +74,12 @@ def ask(url: str, key: str, model: str, quiz: list[Question], progress: Callable
                     {"type": "text", "text": question.text},
                 ]
                 messages = [{"role": "user", "content": parts}]
-                body = {"model": model, "messages": messages, "max_tokens": 16, "temperature": 0}
+                body = {"model": server.model, "messages": messages, "max_tokens": 16, "temperature": 0}
                 async with gate:
                     reply = await client.post("/v1/chat/completions", json=body)
                 reply.raise_for_status()
                 done += 1
-                progress(done)
+                progress(done, len(quiz))
                 return replace(question, given=reply.json()["choices"][0]["message"]["content"])
 
             async with asyncio.TaskGroup() as group:

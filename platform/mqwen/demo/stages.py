@@ -7,16 +7,18 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psutil
 
+from mqwen.errors import UserError
+
 GRACE = 30.0  # seconds that a command may take to end what it started
 
 
-class StageError(Exception):
+class StageError(UserError):
     """A stage's command failed; what it printed says why."""
 
 
@@ -52,18 +54,24 @@ class Stages:
             end_group(process)
 
 
+def counter(what: str) -> Callable[[int, int], None]:
+    """A progress function that prints a line at each tenth of the way."""
+
+    def show(done: int, total: int) -> None:
+        if done * 10 // total > (done - 1) * 10 // total:
+            print(f"{what}: {done}/{total}", flush=True)
+
+    return show
+
+
 def end_group(process: subprocess.Popen) -> None:
     """Interrupts a process that leads a session, and kills what is left of its group after GRACE seconds."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

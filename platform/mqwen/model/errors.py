@@ -1,7 +1,10 @@
 """Errors of the model room. Each is a ValueError that names what was given, what is allowed and the way out."""
 
 
-class MQWenError(ValueError):
+from mqwen.errors import UserError
+
+
+class MQWenError(UserError, ValueError):
     """Base of all errors that bad input to the model raises."""
 
 

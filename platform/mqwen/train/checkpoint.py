@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from mqwen.errors import UserError
 from mqwen.storage import Location, StorageError, locate
 from mqwen.train.loop import Progress
 from mqwen.train.settings import RunSettings
@@ -29,7 +30,7 @@ COMMIT = "checkpoint.json"
 FOLDER = "checkpoints"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint cannot be read; the message names checkpoint and file and says what to do."""
 
 

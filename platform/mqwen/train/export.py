@@ -39,6 +39,8 @@ def export(run: Location, target: Path, step: int | None = None) -> int:
     weights = model.to_empty(device="cpu").state_dict()
     commit = checkpoint.load(source, {"model": weights})
     model.load_state_dict(weights)
+    model.generation_config.eos_token_id = processor.tokenizer.stop_ids
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(target)
     processor.save_pretrained(target)
     return commit.step

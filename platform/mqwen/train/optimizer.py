@@ -12,31 +12,40 @@ from mqwen.train.settings import OptimizerSettings, SettingsError
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Parameters whose names match a pattern (as `visual.*`) take no gradient. One that matches nothing is an error."""
+    """Parameters whose names match a pattern take no gradient. Raises SettingsError where one matches nothing."""
     for pattern in patterns:
-        matched = [p for name, p in model.named_parameters() if fnmatch.fnmatch(name, pattern)]
-        if not matched:
-            tops = ", ".join(f"{name}.*" for name, _ in model.named_children())
-            raise SettingsError(f"--optimizer.freeze {pattern!r} matches no parameter; the model has {tops}")
-        for parameter in matched:
+        for parameter in _matching(model, pattern, "--optimizer.freeze"):
             parameter.requires_grad_(False)
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Trained parameters by learning rate and weight decay; biases and norms (one dimension) are not decayed."""
+    """Trained parameters by learning rate and weight decay; biases and norms (one dimension) are not decayed.
+
+    Raises SettingsError where a learning rate's pattern matches nothing that is trained, or nothing is left to train.
+    """
+    rates = dict.fromkeys(model.parameters(), settings.learning_rate)
+    for pattern, rate in settings.learning_rates.items():
+        matching = _matching(model, pattern, "--optimizer.learning-rates")
+        if not any(parameter.requires_grad for parameter in matching):
+            raise SettingsError(f"--optimizer.learning-rates {pattern!r} is for parameters that are frozen; drop it")
+        rates |= dict.fromkeys(matching, rate)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        projector = name.startswith("feature_proj.") and settings.projector_learning_rate is not None
-        rate = settings.projector_learning_rate if projector else settings.learning_rate
-        assert rate is not None
-        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault((rate, decay), {"params": [], "base_lr": rate, "lr": rate, "weight_decay": decay})
-        group["params"].append(parameter)
+    for parameter, rate in rates.items():
+        if parameter.requires_grad:
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+            group = groups.setdefault((rate, decay), {"params": [], "base_lr": rate, "lr": rate, "weight_decay": decay})
+            group["params"].append(parameter)
     if not groups:
         raise SettingsError(f"--optimizer.freeze {' '.join(settings.freeze)} leaves nothing to train")
     return list(groups.values())
+
+
+def _matching(model: nn.Module, pattern: str, option: str) -> list[nn.Parameter]:
+    matching = [parameter for name, parameter in model.named_parameters() if fnmatch.fnmatch(name, pattern)]
+    if not matching:
+        parts = ", ".join(f"{name}.*" for name, _ in model.named_children())
+        raise SettingsError(f"{option} {pattern!r} matches no parameter; the model has {parts}")
+    return matching
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:

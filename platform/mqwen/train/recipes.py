@@ -16,26 +16,27 @@ from mqwen.train.settings import (
 
 
 def demo() -> RunSettings:
-    """A model of two million weights that reads handwritten digits, from scratch, in minutes on two cores."""
-    vision = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+    """A model of a million weights that reads handwritten digits, from scratch, in minutes on two cores."""
+    vision = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
     return RunSettings(
         name="demo",
         model=ModelSettings(
             config={
                 "hidden_size": 128,
-                "num_hidden_layers": 4,
+                "num_hidden_layers": 3,
                 "num_attention_heads": 4,
+                "initializer_range": 0.07,
                 "kv_channels": 32,
                 "intermediate_size": 768,
                 "seq_length": 256,
                 "max_position_embeddings": 256,
-                "vision_config": vision | {"image_size": 48, "patch_size": 8},
+                "vision_config": vision | {"image_size": 48, "patch_size": 16},
             }
         ),
         data=DataSettings(pack_length=256, packs_per_row=4, rows_per_step=2),
-        optimizer=OptimizerSettings(learning_rate=2e-3),
+        optimizer=OptimizerSettings(learning_rate=1e-3, learning_rates={"visual.*": 1e-4}),
         parallel=ParallelSettings(workers=2),
-        steps=800,
+        steps=900,
     )
 
 

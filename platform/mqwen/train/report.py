@@ -49,5 +49,6 @@ def write_report(run: Location) -> str:
     seconds = sum(r["seconds"] for r in records)
     return (
         f"{len(records)} steps in {seconds:.0f} s, loss {records[0]['loss']:.3f} to {records[-1]['loss']:.3f}, "
-        f"{sum(r['images'] for r in records)} pictures, {sum(r['positions'] for r in records) / seconds:,.0f} positions/s"
+        f"{sum(r['images'] for r in records)} pictures, "
+        f"{sum(r['positions'] for r in records) / seconds:,.0f} positions/s"
     )

@@ -18,6 +18,7 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from mqwen.errors import UserError
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, locate
 from mqwen.train import checkpoint
@@ -28,6 +29,18 @@ from mqwen.train.worker import Rows, Task, work
 SETTINGS = "settings.json"
 # What may change when a run goes on: none of it changes what a step computes.
 FREE_TO_CHANGE = ("parallel", "checkpoint", "log_every", "runs")
+
+
+class TrainingError(UserError):
+    """The workers failed more often than they may. The message is each rank's own, once."""
+
+    def __init__(self, error: ray.train.WorkerGroupError) -> None:
+        reasons: dict[str, list[int]] = {}
+        for rank, failure in error.worker_failures.items():
+            cause = getattr(failure, "cause", failure)  # Ray wraps what a worker raised
+            reasons.setdefault(f"{type(cause).__name__}: {cause}", []).append(rank)
+        listed = "; ".join(f"rank {', '.join(map(str, ranks))}: {reason}" for reason, ranks in reasons.items())
+        super().__init__(f"training stopped, its checkpoints stay. {listed}")
 
 
 def open_run(settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> Location:
@@ -85,7 +98,11 @@ def train_run(
             name=checkpoint.FOLDER,
             storage_path=run.path,
             storage_filesystem=run.filesystem,
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=settings.parallel.max_failures),
         ),
     )
-    return trainer.fit()
+    try:
+        return trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        raise TrainingError(error) from error

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mqwen.errors import UserError
 
-class SettingsError(ValueError):
+
+class SettingsError(UserError, ValueError):
     """Settings that cannot work; the message names the option, what is allowed and the way out."""
 
 
@@ -36,10 +38,14 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW, clipped, with linear warm-up and cosine decay to zero. Learning rates by part of the model."""
+    """AdamW, clipped, with linear warm-up and cosine decay to zero.
+
+    `freeze` and the keys of `learning_rates` are patterns of parameter names, as `visual.*`: the former take no
+    gradient, the latter learn at a rate of their own.
+    """
 
     learning_rate: float = 1e-4
-    projector_learning_rate: float | None = None
+    learning_rates: dict[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)

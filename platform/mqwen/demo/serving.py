@@ -1,0 +1,64 @@
+"""The demo's server: `serve run` as a user types it, on a free port, with a key made for this one run."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from ray import serve
+
+from mqwen.demo.stages import StageError, Stages
+
+START_LIMIT = 180.0  # seconds
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    key: str
+    model: str
+
+
+@contextmanager
+def served(stages: Stages, artifact: Path) -> Iterator[Server]:
+    """A server of `artifact`, ready for requests during the block. Raises StageError where it does not get ready."""
+    port, key = _free_port(), secrets.token_urlsafe(32)
+    stages.environment["MQWEN_API_KEYS"] = hashlib.sha256(key.encode()).hexdigest()
+    serve.start(http_options={"host": HOST, "port": port})
+    command = Path(sys.executable).parent / "serve"
+    with stages.running(
+        str(command), "run", "serve.app:build", f"checkpoint={artifact}", "name=demo", "max_replicas=2"
+    ) as process:
+        server = Server(f"http://{HOST}:{port}", key, "demo")
+        _wait_until_ready(server, process)
+        yield server
+
+
+def _wait_until_ready(server: Server, process: subprocess.Popen) -> None:
+    limit = time.monotonic() + START_LIMIT
+    while time.monotonic() < limit:
+        if process.poll() is not None:
+            raise StageError(f"serve run ended with exit code {process.returncode} before it was ready")
+        try:
+            if httpx.get(f"{server.url}/ready").status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise StageError(f"{server.url} was not ready after {START_LIMIT:.0f} s")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
