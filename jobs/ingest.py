@@ -5,16 +5,19 @@ python jobs/ingest.py digits --pictures 6000 --dataset out/data --tokenizer DIR
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from mqwen import cli
 from mqwen.cluster import cluster
-from mqwen.data.ingest import IngestSettings, Source, ingest
+from mqwen.data.errors import DataError
+from mqwen.data.ingest import Ingest, IngestSettings, Source
 from mqwen.data.sources.digits import DigitsSource, Split
 from mqwen.data.sources.llava import LlavaSource
 from mqwen.model import MQWenProcessor, MQWenTokenizer
+from mqwen.model.vocabulary import VOCABULARY_FILE
 from mqwen.storage import locate
 
 
@@ -50,20 +53,25 @@ class Digits(Into):
         return DigitsSource(self.pictures, self.seed, self.split)
 
 
+def tokenizer(folder: str) -> MQWenTokenizer:
+    if not (Path(folder) / VOCABULARY_FILE).is_file():  # else transformers would look for it on the Hub
+        raise DataError(
+            f"--tokenizer {folder} holds no {VOCABULARY_FILE}; give an artifact, or a folder with that file"
+        )
+    return MQWenTokenizer.from_pretrained(folder)
+
+
 def main() -> None:
     command = tyro.cli(
         Annotated[Llava, tyro.conf.subcommand("llava")] | Annotated[Digits, tyro.conf.subcommand("digits")],
         description=__doc__,
     )
-    processor = MQWenProcessor(tokenizer=MQWenTokenizer.from_pretrained(command.tokenizer))
-    dataset, source = locate(command.dataset), command.source()
-    source.chunks(command.settings.shard_samples)  # what is wrong with the source as a whole shows before Ray starts
+    processor = MQWenProcessor(tokenizer(command.tokenizer))
+    ingest = Ingest.prepare(command.source(), locate(command.dataset), processor, command.settings)
     with cluster(cpus=2):
-        manifest = ingest(
-            source, dataset, processor, command.settings, lambda n, of: print(f"shard {n}/{of}", flush=True)
-        )
+        manifest = ingest.run(lambda done, shards: print(f"shard {done}/{shards}", flush=True))
     tokens = sum(shard.tokens for shard in manifest.shards)
-    print(f"{dataset}: {manifest.samples} samples, {tokens} tokens in {len(manifest.shards)} shards")
+    print(f"{command.dataset}: {manifest.samples} samples, {tokens} tokens in {len(manifest.shards)} shards")
 
 
 if __name__ == "__main__":

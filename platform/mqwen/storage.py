@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
+from mqwen.errors import UserError
 
-class StorageError(Exception):
-    """Something in storage is missing or cannot be read; the message names it and the way out."""
+COPIED_AT_ONCE = 1 << 22  # bytes
+
+
+class StorageError(UserError):
+    """Storage refused or failed; the message names the place and what the filesystem says."""
+
+
+class MissingFileError(StorageError):
+    """No file has this name. That stays so, where other storage errors may pass."""
+
+
+class TruncatedFileError(StorageError):
+    """A file ends before the bytes that were asked for; `data` holds those that are there."""
+
+    def __init__(self, message: str, data: bytes = b"") -> None:
+        super().__init__(message)
+        self.data = data
 
 
 @dataclass(frozen=True)
 class Location:
-    """A place on a filesystem. `location / "name"` is a place inside it. Travels between processes by pickle."""
+    """A place on a filesystem. `location / "name"` is a place inside it. Travels between processes by pickle.
+
+    Every method raises StorageError, or one of its kinds, where storage fails.
+    """
 
     filesystem: pafs.FileSystem = field(compare=False)
     path: str
@@ -37,78 +60,110 @@ class Location:
 
     def size(self) -> int | None:
         """Bytes of a file, or None where there is no file."""
-        info = self.filesystem.get_file_info(self.path)
+        info = self._info()
         return info.size if info.type == pafs.FileType.File else None
 
     def exists(self) -> bool:
-        return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
+        return self._info().type != pafs.FileType.NotFound
 
     def names(self) -> list[str]:
         """Names of what lies directly inside, sorted; empty where there is no such folder."""
-        found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        with self._errors_named("listed"):
+            found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(info.base_name for info in found)
 
     def read_bytes(self) -> bytes:
-        try:
-            with self.filesystem.open_input_stream(self.path) as stream:
-                return stream.read()
-        except FileNotFoundError as error:
-            raise StorageError(f"{self} does not exist") from error
+        with self._errors_named("read"), self.filesystem.open_input_stream(self.path) as stream:
+            return stream.read()
 
     def read_range(self, start: int, length: int) -> bytes:
-        """`length` bytes from offset `start`; fewer means a truncated file and is an error."""
-        try:
-            with self.filesystem.open_input_file(self.path) as file:
-                data = file.read_at(length, start)
-        except FileNotFoundError as error:
-            raise StorageError(f"{self} does not exist") from error
+        """`length` bytes from offset `start`. Raises TruncatedFileError where the file ends before them."""
+        with self._errors_named("read"), self.filesystem.open_input_file(self.path) as file:
+            data = file.read_at(length, start) if start < file.size() else b""
         if len(data) != length:
-            raise StorageError(f"{self}: asked for {length} bytes at {start}, the file ends after {len(data)} of them")
+            raise TruncatedFileError(
+                f"{self}: asked for {length} bytes from {start} on, the file ends after {len(data)} of them", data
+            )
         return data
 
     def write_bytes(self, data: bytes) -> None:
         """Writes the whole file or nothing: readers never see a part of it."""
-        with self.replace() as stream:
+        with self._errors_named("written"), self.replace() as stream:
             stream.write(data)
 
     @contextmanager
     def replace(self) -> Iterator[IO[bytes]]:
-        """A stream whose bytes appear under this name only when the block ends without an error."""
-        parent = self.path.rsplit("/", 1)[0]
-        self.filesystem.create_dir(parent, recursive=True)
+        """A stream whose bytes appear under this name, all at once, when the block ends without an error."""
         if isinstance(self.filesystem, pafs.LocalFileSystem):
-            partial = f"{self.path}.partial"
-            with self.filesystem.open_output_stream(partial) as stream:
-                yield stream
-            self.filesystem.move(partial, self.path)
-        else:  # an object store shows an object when its upload completes
-            with self.filesystem.open_output_stream(self.path) as stream:
-                yield stream
+            self.filesystem.create_dir(self.path.rsplit("/", 1)[0], recursive=True)
+            # A name of its own: a task that Ray runs again may write beside the one that it took for lost.
+            partial = f"{self.path}.{uuid.uuid4().hex}.partial"
+            try:
+                with self.filesystem.open_output_stream(partial) as stream:
+                    yield stream
+                self.filesystem.move(partial, self.path)
+            except BaseException:
+                with suppress(OSError):
+                    self.filesystem.delete_file(partial)
+                raise
+        else:
+            # An object appears when its upload is closed, and Arrow cannot abandon one: it starts when all is there.
+            with tempfile.TemporaryFile() as whole:
+                yield whole
+                whole.seek(0)
+                with self.filesystem.open_output_stream(self.path) as stream:
+                    shutil.copyfileobj(whole, stream, COPIED_AT_ONCE)
 
     def upload(self, file: Path) -> None:
         """Copies a local file here."""
-        with file.open("rb") as source, self.replace() as target:
-            shutil.copyfileobj(source, target, 1 << 22)
+        with self._errors_named("written"), file.open("rb") as source, self.replace() as target:
+            shutil.copyfileobj(source, target, COPIED_AT_ONCE)
 
     def download(self, file: Path) -> None:
         """Copies this file to a local one."""
-        with self.filesystem.open_input_stream(self.path) as source, file.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 22)
+        with (
+            self._errors_named("read"),
+            self.filesystem.open_input_stream(self.path) as source,
+            file.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target, COPIED_AT_ONCE)
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
-        with self.filesystem.open_input_stream(self.path) as stream:
-            while chunk := stream.read(1 << 22):
+        with self._errors_named("read"), self.filesystem.open_input_stream(self.path) as stream:
+            while chunk := stream.read(COPIED_AT_ONCE):
                 digest.update(chunk)
         return digest.hexdigest()
 
     def delete(self) -> None:
         """Deletes a file, or a folder with all inside; nothing there is no error."""
-        kind = self.filesystem.get_file_info(self.path).type
-        if kind == pafs.FileType.File:
-            self.filesystem.delete_file(self.path)
-        elif kind == pafs.FileType.Directory:
-            self.filesystem.delete_dir(self.path)
+        kind = self._info().type
+        with self._errors_named("deleted"):
+            if kind == pafs.FileType.File:
+                self.filesystem.delete_file(self.path)
+            elif kind == pafs.FileType.Directory:
+                self.filesystem.delete_dir(self.path)
+
+    def _info(self) -> pafs.FileInfo:
+        with self._errors_named("read"):
+            return self.filesystem.get_file_info(self.path)
+
+    @contextmanager
+    def _errors_named(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if done == "read" and self._is_no_file(error):
+                raise MissingFileError(f"{self} does not exist or is no file") from error
+            raise StorageError(f"{self} cannot be {done}: {error}") from error
+
+    def _is_no_file(self, error: OSError | ValueError) -> bool:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            try:
+                return self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory
+            except OSError:
+                return False
+        return True  # a ValueError says that no file can have this name
 
 
 def locate(uri: str | Path) -> Location:
@@ -117,11 +172,16 @@ def locate(uri: str | Path) -> Location:
     S3 takes its endpoint from AWS_ENDPOINT_URL and its credentials from where the AWS SDK looks for them.
     """
     text = str(uri)
-    if "://" not in text:
-        path = Path(text).expanduser().absolute()
-        return Location(pafs.LocalFileSystem(), str(path), str(path))
-    scheme = text.split("://", 1)[0]
-    if scheme not in ("file", "s3"):
-        raise StorageError(f"{text}: storage {scheme}:// is unknown; a folder, file:// or s3:// is allowed")
-    filesystem, path = pafs.FileSystem.from_uri(text)
+    scheme = text.split(":", 1)[0] if "://" in text else ""
+    if not text or scheme not in ("", "file", "s3"):
+        raise StorageError(f"{text!r} names no storage; a folder, file:// or s3:// is allowed")
+    if not scheme:
+        path = str(Path(text).expanduser().absolute())
+        return Location(pafs.LocalFileSystem(), path, path)
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(text)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(f"{text!r} cannot be reached: {error}") from error
+    if not path.strip("/"):
+        raise StorageError(f"{text!r} names no place; a folder's path or s3://BUCKET/NAME is allowed")
     return Location(filesystem, path, text)

@@ -6,23 +6,22 @@ Each task writes one shard with its index; the driver writes the manifest when a
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import pickle
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
-import ray
+import ray.data
 
-from mqwen.data.errors import DataError, EmptyDatasetError
+from mqwen.data.encode import encode
+from mqwen.data.errors import DataError, EmptyDatasetError, SampleError
 from mqwen.data.manifest import MANIFEST, Manifest, Shard, write_index, write_manifest
 from mqwen.data.sample import Sample, write_sample
 from mqwen.model import MQWenProcessor
-from mqwen.model.chat import encode_chat
-from mqwen.storage import Location
+from mqwen.storage import Location, StorageError
 
 REJECTED = "rejected.jsonl"
 
@@ -32,7 +31,7 @@ class Source(Protocol):
 
     def chunks(self, size: int) -> list[Any]: ...
 
-    def read(self, chunk: Any) -> Iterator[tuple[str, Sample | DataError]]: ...
+    def read(self, chunk: Any) -> Iterator[tuple[str, Sample | SampleError]]: ...
 
 
 @dataclass(frozen=True)
@@ -43,48 +42,70 @@ class IngestSettings:
     max_rejected: float = 0.0
 
 
-def ingest(
-    source: Source,
-    dataset: Location,
-    processor: MQWenProcessor,
-    settings: IngestSettings,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Manifest:
-    """Writes the dataset and returns its manifest; `progress(shards done, shards)` is called after each shard.
+@dataclass(frozen=True)
+class Ingest:
+    """A dataset to be written. Made with `prepare`, which refuses what can be refused before a task runs."""
 
-    Raises DataError where the dataset exists, or where more samples than `max_rejected` are bad: then no manifest
-    is written and DATASET/rejected.jsonl lists them.
-    """
-    if (dataset / MANIFEST).exists():
-        raise DataError(f"{dataset} is a dataset already; choose another folder or delete it")
-    chunks = source.chunks(settings.shard_samples)
-    if not chunks:
-        raise EmptyDatasetError("the source holds no samples")
-    items = [{"number": n, "chunk": pickle.dumps(chunk)} for n, chunk in enumerate(chunks)]
-    written = ray.data.from_items(items, override_num_blocks=len(items)).map(_ShardWriter(source, dataset, processor))
-    shards: dict[int, Shard] = {}
-    rejected: list[dict[str, str]] = []
-    for row in written.iter_rows():
-        shards[row["number"]] = Shard(**json.loads(row["shard"]))
-        rejected += json.loads(row["rejected"])
-        progress(len(shards), len(chunks))
-    samples = sum(shard.samples for shard in shards.values())
-    if rejected:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
-        (dataset / REJECTED).write_bytes(lines.encode())
-    if len(rejected) > settings.max_rejected * (samples + len(rejected)):
-        first = rejected[0]
-        raise DataError(
-            f"{len(rejected)} of {samples + len(rejected)} samples are bad, --settings.max-rejected allows a share of "
-            f"{settings.max_rejected}. The first is {first['key']}: {first['reason']}. All: {dataset / REJECTED}"
+    source: Source
+    chunks: list[Any]
+    dataset: Location
+    processor: MQWenProcessor
+    settings: IngestSettings
+
+    @classmethod
+    def prepare(cls, source: Source, dataset: Location, processor: MQWenProcessor, settings: IngestSettings) -> Ingest:
+        """Raises DataError for settings out of range, a dataset that exists, or a source that cannot be read."""
+        if settings.shard_samples < 1:
+            raise DataError(f"--settings.shard-samples is {settings.shard_samples}; at least 1 is needed")
+        if not 0 <= settings.max_rejected <= 1:
+            raise DataError(f"--settings.max-rejected is {settings.max_rejected}; a share from 0 to 1 is allowed")
+        if (dataset / MANIFEST).exists():
+            raise DataError(f"{dataset} is a dataset already; choose another folder or delete it")
+        chunks = source.chunks(settings.shard_samples)
+        if not chunks:
+            raise EmptyDatasetError("the source holds no samples")
+        return cls(source, chunks, dataset, processor, settings)
+
+    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+        """Writes the dataset and returns its manifest; `progress(shards done, shards)` is called after each shard.
+
+        Raises DataError where more samples than `max_rejected` are bad: then no manifest is written and
+        DATASET/rejected.jsonl lists them.
+        """
+        write_shard = _ShardWriter(self.source, self.dataset, self.processor)
+        items = [{"number": n, "chunk": pickle.dumps(chunk)} for n, chunk in enumerate(self.chunks)]
+        written = ray.data.from_items(items, override_num_blocks=len(items)).map(write_shard)
+        shards: dict[int, Shard] = {}
+        rejected: dict[int, list[dict[str, str]]] = {}
+        for row in written.iter_rows():
+            if row["failed"]:
+                raise StorageError(row["failed"])
+            shards[row["number"]] = Shard(**json.loads(row["shard"]))
+            rejected[row["number"]] = json.loads(row["rejected"])
+            progress(len(shards), len(self.chunks))
+        kept = [shards[n] for n in sorted(shards) if shards[n].samples]
+        left_out = [entry for n in sorted(rejected) for entry in rejected[n]]
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out)
+        (self.dataset / REJECTED).write_bytes(lines.encode("utf-8", "backslashreplace"))
+        manifest = Manifest(
+            kept, self.processor.tokenizer.fingerprint, dict(Counter(entry["reason"] for entry in left_out))
         )
-    if not samples:
-        raise EmptyDatasetError("the source holds no samples that can be used")
-    reasons = Counter(entry["reason"].split(":")[0] for entry in rejected)
-    kept = [shards[n] for n in sorted(shards) if shards[n].samples]
-    manifest = Manifest(kept, processor.tokenizer.fingerprint, dict(reasons))
-    write_manifest(dataset, manifest)
-    return manifest
+        self._check(manifest, left_out)
+        write_manifest(self.dataset, manifest)
+        return manifest
+
+    def _check(self, manifest: Manifest, rejected: list[dict[str, str]]) -> None:
+        total = manifest.samples + len(rejected)
+        if len(rejected) > self.settings.max_rejected * total:
+            counts = ", ".join(f"{count} for {reason}" for reason, count in manifest.rejected.items())
+            first = rejected[0]
+            raise DataError(
+                f"{len(rejected)} of {total} samples are bad ({counts}), --settings.max-rejected allows a share of "
+                f"{self.settings.max_rejected}. The first is {first['key']}: {first['detail']}. "
+                f"All: {self.dataset / REJECTED}"
+            )
+        if not manifest.samples:
+            raise EmptyDatasetError(f"no sample of the source can be used; see {self.dataset / REJECTED}")
 
 
 @dataclass(frozen=True)
@@ -94,31 +115,68 @@ class _ShardWriter:
     processor: MQWenProcessor
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        name = f"shard-{item['number']:06d}"
-        buffer, rows, rejected = io.BytesIO(), [], []
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, sample in self.source.read(pickle.loads(item["chunk"])):  # noqa: S301 (made by this module)
-                entry = sample if isinstance(sample, DataError) else self._check(sample)
-                if isinstance(entry, DataError):
-                    rejected.append({"key": key, "reason": str(entry)})
-                    continue
-                start = buffer.tell()
-                write_sample(tar, entry[0])
-                rows.append(entry[1] | {"offset": start, "nbytes": buffer.tell() - start})
-        data = buffer.getvalue()
-        (self.dataset / f"{name}.tar").write_bytes(data)
-        write_index(self.dataset, name, rows)
-        tokens, images = sum(row["tokens"] for row in rows), sum(row["images"] for row in rows)
-        shard = Shard(name, len(rows), tokens, images, len(data), hashlib.sha256(data).hexdigest())
-        return {"number": item["number"], "shard": json.dumps(asdict(shard)), "rejected": json.dumps(rejected)}
-
-    def _check(self, sample: Sample) -> tuple[Sample, dict[str, Any]] | DataError:
-        """The sample with its index row, or what is wrong: every picture is decoded, every text tokenized."""
+        # What a task raises reaches the driver as Ray's error, with a trace for text: storage's own goes by the row.
+        shard, rejected, failed = None, list[dict[str, str]](), ""
         try:
-            for picture in sample.pictures:
-                self.processor.pixels(picture)
-            ids = encode_chat(self.processor.tokenizer, sample.messages).input_ids
-        except ValueError as error:  # the model room's typed errors for pictures and conversations
-            return DataError(f"{type(error).__name__}: {error}")
-        row = {"key": sample.key, "tokens": len(ids), "images": len(sample.pictures), "sha256": sample.sha256()}
-        return sample, row
+            shard, rejected = self._write(f"shard-{item['number']:06d}", pickle.loads(item["chunk"]))  # noqa: S301 (ours)
+        except StorageError as error:
+            failed = str(error)
+        return {
+            "number": item["number"],
+            "shard": json.dumps(shard and asdict(shard)),
+            "rejected": json.dumps(rejected),
+            "failed": failed,
+        }
+
+    def _write(self, name: str, chunk: Any) -> tuple[Shard, list[dict[str, str]]]:
+        rows, rejected = [], []
+        with (self.dataset / f"{name}.tar").replace() as stream:
+            shard = _Counted(stream)
+            with tarfile.open(fileobj=shard, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+                for key, sample in self.source.read(chunk):
+                    try:
+                        if isinstance(sample, SampleError):
+                            raise sample
+                        row = self._index_row(sample)
+                    except SampleError as error:
+                        rejected.append({"key": key, "reason": error.reason, "detail": error.detail})
+                        continue
+                    start = shard.tell()
+                    write_sample(tar, sample)
+                    rows.append(row | {"offset": start, "nbytes": shard.tell() - start})
+        entry = Shard(
+            name,
+            samples=len(rows),
+            tokens=sum(row["tokens"] for row in rows),
+            images=sum(row["images"] for row in rows),
+            nbytes=shard.tell(),
+            sha256=shard.digest.hexdigest(),
+            index_sha256=write_index(self.dataset, name, rows),
+        )
+        return entry, rejected
+
+    def _index_row(self, sample: Sample) -> dict[str, Any]:
+        """What the index says of the sample, its place apart; raises SampleError where training could not read it."""
+        chat, pictures = encode(self.processor, sample)
+        return {
+            "key": sample.key,
+            "tokens": len(chat.input_ids),
+            "images": len(pictures),
+            "sha256": sample.sha256(),
+        }
+
+
+class _Counted:
+    """A stream that knows its length and hash, so that a shard need not be in memory to have them."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._length, self.digest = stream, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._stream.write(data)
+        self.digest.update(data)
+        self._length += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._length

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from mqwen.data.manifest import Manifest
+from mqwen.data.manifest import Manifest, Shard
 from mqwen.data.pack import pack
 
 
@@ -33,6 +33,10 @@ class OrderSettings:
     image_positions: int
     run_samples: int = 64
     window_runs: int = 16
+
+    def positions(self, tokens: int, images: int) -> int:
+        """Expanded positions of what the index counts."""
+        return tokens + images * (self.image_positions - 1)
 
 
 @dataclass(frozen=True, order=True)
@@ -54,65 +58,78 @@ class Position:
 class Run:
     """Samples start..stop of a shard."""
 
-    shard: str
+    shard: Shard
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
-class WindowPlan:
-    """A window's samples (the rows of their indexes, in shuffled order) and, as indexes into them, packs in rows."""
+class Place:
+    """Where a window's sample lies: its row of the index, in the shard that the window's run number `run` is of."""
 
-    samples: list[dict]
+    shard: Shard
+    run: int
+    key: str
+    offset: int
+    nbytes: int
+    tokens: int
+    images: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """A window's samples in shuffled order and, as indexes into them, its rows: of each row the packs.
+
+    `too_long[n]` are samples that no pack can hold, named with row n, so that a window's are spread over its rows.
+    There is a row at least, if need be an empty one, so that none goes unnamed.
+    """
+
+    samples: list[Place]
     rows: list[list[list[int]]]
-    too_long: list[int]
+    too_long: list[list[int]]
 
 
 class Order:
     def __init__(self, manifest: Manifest, settings: OrderSettings) -> None:
         self.manifest, self.settings = manifest, settings
-        size = settings.run_samples
-        self._runs = [
-            Run(shard.name, start, min(start + size, shard.samples))
-            for shard in manifest.shards
-            for start in range(0, shard.samples, size)
-        ]
+        self._runs_up_to = np.cumsum([-(-shard.samples // settings.run_samples) for shard in manifest.shards])
 
     @property
     def windows(self) -> int:
         """Windows of one epoch."""
-        return -(-len(self._runs) // self.settings.window_runs)
-
-    @property
-    def least_rows(self) -> int:
-        """A lower bound on the rows of one epoch: as if every pack were full."""
-        tokens = sum(shard.tokens for shard in self.manifest.shards)
-        images = sum(shard.images for shard in self.manifest.shards)
-        positions = tokens + images * (self.settings.image_positions - 1)
-        return max(self.windows, positions // (self.settings.pack_length * self.settings.packs_per_row))
+        return int(-(-self._runs_up_to[-1] // self.settings.window_runs))
 
     def window(self, epoch: int, window: int) -> list[Run]:
         """The runs of one window, in the order in which they are read."""
-        shuffled = self._random(epoch).permutation(len(self._runs))
+        shuffled = self._random(epoch).permutation(self._runs_up_to[-1])
         size = self.settings.window_runs
-        return [self._runs[i] for i in shuffled[window * size : (window + 1) * size]]
+        return [self._run(int(number)) for number in shuffled[window * size : (window + 1) * size]]
 
-    def plan(self, epoch: int, window: int, index: Callable[[str], pa.Table]) -> WindowPlan:
+    def plan(self, epoch: int, window: int, index: Callable[[Shard], pa.Table]) -> WindowPlan:
         """Shuffles and packs a window's samples. `index(shard)` gives that shard's index."""
         samples = [
-            row | {"shard": run.shard, "run": number}
+            Place(shard=run.shard, run=number, **row)
             for number, run in enumerate(self.window(epoch, window))
             for row in index(run.shard).slice(run.start, run.stop - run.start).to_pylist()
         ]
         random = self._random(epoch, window)
         samples = [samples[i] for i in random.permutation(len(samples))]
-        lengths = [s["tokens"] + s["images"] * (self.settings.image_positions - 1) for s in samples]
-        packs, too_long = pack(lengths, self.settings.pack_length)
+        packs, too_long = pack(
+            [self.settings.positions(s.tokens, s.images) for s in samples], self.settings.pack_length
+        )
         # Packing sorts by length; without a shuffle the rows of a window would run from long samples to short.
         packs = [packs[i] for i in random.permutation(len(packs))]
         per_row = self.settings.packs_per_row
-        rows = [packs[i : i + per_row] for i in range(0, len(packs), per_row)]
-        return WindowPlan(samples, rows, too_long)
+        rows = [packs[i : i + per_row] for i in range(0, len(packs), per_row)] or [[]]
+        return WindowPlan(samples, rows, [too_long[n :: len(rows)] for n in range(len(rows))])
+
+    def _run(self, number: int) -> Run:
+        at = int(np.searchsorted(self._runs_up_to, number, side="right"))
+        shard, size = self.manifest.shards[at], self.settings.run_samples
+        start = (number - (int(self._runs_up_to[at - 1]) if at else 0)) * size
+        return Run(shard, start, min(start + size, shard.samples))
 
     def _random(self, epoch: int, *window: int) -> np.random.Generator:
-        return np.random.default_rng([self.settings.seed, epoch, *window])
+        # A spawn key, because as a plain list (epoch,) and (epoch, 0) would seed the same.
+        return np.random.default_rng(np.random.SeedSequence(self.settings.seed, spawn_key=(epoch, *window)))

@@ -5,64 +5,80 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import pyarrow as pa
 
-from mqwen.data.errors import DataError
-from mqwen.data.manifest import read_index
-from mqwen.data.order import Order, Position
+from mqwen.data.errors import SampleError
+from mqwen.data.manifest import Shard, read_index
+from mqwen.data.order import Order, Place, Position
 from mqwen.data.row import Entry, RowBuilder
 from mqwen.data.sample import Sample, read_sample
 from mqwen.model import MQWenProcessor
-from mqwen.storage import Location
+from mqwen.storage import Location, TruncatedFileError
 
 
 @dataclass(frozen=True)
 class WindowReader:
+    """Reads windows of an order that starts at `start`; `rows(n)` are those of the n-th window from there."""
+
     dataset: Location
     order: Order
     processor: MQWenProcessor
     start: Position
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        (item,) = batch["id"].to_pylist()
+        """The rows of the window whose number is the one in `batch`."""
+        (number,) = batch["window"].to_pylist()
+        return self.rows(number)
+
+    def rows(self, number: int) -> Iterator[pa.Table]:
+        """Each row as a table of one, with the columns of row.COLUMNS.
+
+        Raises StorageError where storage fails, DataError where an index is not the manifest's. What is wrong with
+        single samples is in the rows.
+        """
         windows = self.order.windows
-        number = self.start.epoch * windows + self.start.window + item
-        epoch, window = divmod(number, windows)
-        skip = self.start.row if item == 0 else 0
-        builder = RowBuilder(self.processor, self.order.settings)
+        epoch, window = divmod(self.start.epoch * windows + self.start.window + number, windows)
         plan = self.order.plan(epoch, window, lambda shard: _index(self.dataset, shard))
         samples = _Samples(self.dataset, plan.samples)
-        for n, packs in enumerate(plan.rows[skip:], start=skip):
-            entries = [[Entry(plan.samples[i], samples.read(i)) for i in pack] for pack in packs]
-            yield builder.build(entries, Position(epoch, window, n), self.start)
+        builder = RowBuilder(self.processor, self.order.settings)
+        for n in range(self.start.row if number == 0 else 0, len(plan.rows)):
+            packs = [[Entry(plan.samples[i], samples.read(plan.samples[i])) for i in pack] for pack in plan.rows[n]]
+            too_long = [plan.samples[i] for i in plan.too_long[n]]
+            yield builder.build(packs, too_long, Position(epoch, window, n), self.start)
 
 
 @lru_cache(maxsize=64)
-def _index(dataset: Location, shard: str) -> pa.Table:
+def _index(dataset: Location, shard: Shard) -> pa.Table:
     return read_index(dataset, shard)
 
 
 class _Samples:
     """A window's samples, each run of neighbours read from storage at once."""
 
-    def __init__(self, dataset: Location, samples: list[dict[str, Any]]) -> None:
-        self._samples = samples
-        runs: dict[int, list[dict[str, Any]]] = {}
-        for sample in samples:
-            runs.setdefault(sample["run"], []).append(sample)
-        self._bytes: dict[int, tuple[int, bytes]] = {}
-        for number, run in runs.items():
-            first = min(sample["offset"] for sample in run)
-            last = max(sample["offset"] + sample["nbytes"] for sample in run)
-            self._bytes[number] = first, (dataset / f"{run[0]['shard']}.tar").read_range(first, last - first)
+    def __init__(self, dataset: Location, places: list[Place]) -> None:
+        runs: dict[int, list[Place]] = {}
+        for place in places:
+            runs.setdefault(place.run, []).append(place)
+        self._runs = {number: _read_run(dataset, run) for number, run in runs.items()}
 
-    def read(self, number: int) -> Sample | DataError:
-        entry = self._samples[number]
-        first, data = self._bytes[entry["run"]]
-        start = entry["offset"] - first
+    def read(self, place: Place) -> Sample | SampleError:
+        first, data = self._runs[place.run]
+        start = place.offset - first
         try:
-            return read_sample(data[start : start + entry["nbytes"]])
-        except DataError as error:
+            sample = read_sample(data[start : start + place.nbytes])
+        except SampleError as error:
             return error
+        if sample.key != place.key or sample.sha256() != place.sha256:
+            return SampleError("unreadable", "its bytes are not those that were ingested")
+        return sample
+
+
+def _read_run(dataset: Location, run: list[Place]) -> tuple[int, bytes]:
+    """Offset and bytes of a run; fewer bytes where the shard was cut short, whose samples are then unreadable."""
+    first = min(place.offset for place in run)
+    length = max(place.offset + place.nbytes for place in run) - first
+    try:
+        return first, (dataset / f"{run[0].shard.name}.tar").read_range(first, length)
+    except TruncatedFileError as error:
+        return first, error.data

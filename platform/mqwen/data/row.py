@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mqwen.data.errors import DataError
-from mqwen.data.order import OrderSettings, Position
+from mqwen.data.encode import encode
+from mqwen.data.errors import SampleError
+from mqwen.data.order import OrderSettings, Place, Position
 from mqwen.data.sample import Sample
 from mqwen.model import MQWenProcessor
-from mqwen.model.chat import IGNORED, encode_chat
+from mqwen.model.chat import IGNORED, EncodedChat
 
 COLUMNS = pa.schema(
     [
@@ -38,10 +38,10 @@ COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample's place in a pack: its index row, and the sample or what is wrong with it."""
+    """A sample of a pack, or what is wrong with it."""
 
-    index: dict[str, Any]
-    sample: Sample | DataError
+    place: Place
+    sample: Sample | SampleError
 
 
 class RowBuilder:
@@ -50,10 +50,15 @@ class RowBuilder:
     def __init__(self, processor: MQWenProcessor, settings: OrderSettings) -> None:
         self._processor, self._settings = processor, settings
 
-    def build(self, packs: Sequence[Sequence[Entry]], place: Position, start: Position) -> pa.Table:
-        """The row as a table of one, with the columns of COLUMNS."""
+    def build(
+        self, packs: Sequence[Sequence[Entry]], too_long: Sequence[Place], place: Position, start: Position
+    ) -> pa.Table:
+        """The row as a table of one, with the columns of COLUMNS.
+
+        `too_long` are samples that no pack takes; they are quarantined with this row.
+        """
         keys: list[str] = []
-        quarantined: dict[str, str] = {}
+        quarantined = {sample.key: str(self._too_long(sample)) for sample in too_long}
         pictures: list[np.ndarray] = []
         # A short row is filled with empty packs: every row of a run has the same number of them.
         ids: list[list[int]] = [[] for _ in range(self._settings.packs_per_row)]
@@ -62,16 +67,18 @@ class RowBuilder:
         for p, pack in enumerate(packs):
             for segment, entry in enumerate(pack, start=1):
                 try:
-                    chat, shown = self._encode(entry)
-                    keys.append(entry.index["key"])
-                except (DataError, ValueError) as error:
-                    quarantined[entry.index["key"]] = str(error)
-                    chat, shown = ([self._processor.tokenizer.eod_id], [IGNORED]), []
-                ids[p] += chat[0]
-                labels[p] += chat[1]
-                segments[p] += [segment] * len(chat[0])
+                    if isinstance(entry.sample, SampleError):
+                        raise entry.sample
+                    chat, shown = encode(self._processor, entry.sample)
+                    keys.append(entry.place.key)
+                except SampleError as error:
+                    quarantined[entry.place.key] = str(error)
+                    chat, shown = EncodedChat([self._processor.tokenizer.eod_id], [IGNORED]), []
+                ids[p] += chat.input_ids
+                labels[p] += chat.labels
+                segments[p] += [segment] * len(chat.input_ids)
                 pictures += shown
-                positions += len(chat[0]) + len(shown) * (self._settings.image_positions - 1)
+                positions += self._settings.positions(len(chat.input_ids), len(shown))
         width = max(1, *map(len, ids))
         filled = {
             name: np.array([part + [fill] * (width - len(part)) for part in parts], np.int32)
@@ -93,14 +100,6 @@ class RowBuilder:
         }
         return pa.table({name: [value] for name, value in columns.items()}, schema=COLUMNS)
 
-    def _encode(self, entry: Entry) -> tuple[tuple[list[int], list[int]], list[np.ndarray]]:
-        """A sample's ids and labels, and its pictures; raises what is wrong with it."""
-        sample, index = entry.sample, entry.index
-        if isinstance(sample, DataError):
-            raise sample
-        chat = encode_chat(self._processor.tokenizer, sample.messages)
-        counted, found = (index["tokens"], index["images"]), (len(chat.input_ids), len(sample.pictures))
-        if counted != found:
-            raise DataError(f"the index counts {counted} tokens and pictures, the shard holds {found}")
-        pictures = [self._processor.pixels(picture, fast=True) for picture in sample.pictures]
-        return (chat.input_ids, chat.labels), pictures
+    def _too_long(self, sample: Place) -> SampleError:
+        positions, most = self._settings.positions(sample.tokens, sample.images), self._settings.pack_length
+        return SampleError("too long", f"{positions} positions, data.pack_length allows {most}")

@@ -9,14 +9,15 @@ import tarfile
 from dataclasses import dataclass, field
 from typing import Any
 
-from mqwen.data.errors import DataError
+from mqwen.data.errors import SampleError
 
 
 @dataclass(frozen=True)
 class Sample:
     """`messages` are chat messages ({"role", "content"}; content is text or a list of parts, see model/chat.py).
 
-    `pictures` are encoded image files (JPEG, PNG, ...) in the order of the messages' image parts.
+    `key` is its name in the dataset, without "/" and "."; `source` says where it came from. `pictures` are encoded
+    image files (JPEG, PNG, ...) in the order of the messages' image parts.
     """
 
     key: str
@@ -25,23 +26,16 @@ class Sample:
     source: str = ""
 
     def sha256(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.messages, sort_keys=True, ensure_ascii=False).encode())
+        """Of what it trains on: conversation and pictures."""
+        digest = hashlib.sha256(_json(self.messages, sort_keys=True))
         for picture in self.pictures:
             digest.update(hashlib.sha256(picture).digest())
         return digest.hexdigest()
 
 
-_SUFFIXES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif"}
-
-
-def _suffix(picture: bytes) -> str:
-    return next((name for magic, name in _SUFFIXES.items() if picture.startswith(magic)), "img")
-
-
 def write_sample(tar: tarfile.TarFile, sample: Sample) -> None:
     """Appends the sample as WebDataset members KEY.json, KEY.0.png, KEY.1.jpg, ..."""
-    body = json.dumps({"messages": sample.messages, "source": sample.source}, ensure_ascii=False).encode()
-    members = [(f"{sample.key}.json", body)]
+    members = [(f"{sample.key}.json", _json({"messages": sample.messages, "source": sample.source}))]
     members += [(f"{sample.key}.{n}.{_suffix(picture)}", picture) for n, picture in enumerate(sample.pictures)]
     for name, data in members:
         info = tarfile.TarInfo(name)
@@ -52,21 +46,33 @@ def write_sample(tar: tarfile.TarFile, sample: Sample) -> None:
 def read_sample(members: bytes) -> Sample:
     """The sample whose tar members `members` holds, headers included.
 
-    Raises DataError where the bytes are no tar members or hold no readable conversation.
+    Raises SampleError where the bytes are no tar members or hold no readable conversation.
     """
-    body: dict[str, Any] | None = None
-    key, pictures = "", []
     try:
         with tarfile.open(fileobj=io.BytesIO(members), mode="r:") as tar:
-            for info in tar:
-                file = tar.extractfile(info)
-                data = file.read() if file else b""
-                if info.name.endswith(".json"):
-                    key, body = info.name.removesuffix(".json"), json.loads(data)
-                else:
-                    pictures.append(data)
-        if body is None:
-            raise DataError("a sample has no .json member")
-        return Sample(key, body["messages"], pictures, body.get("source", ""))
-    except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"sample {key or '(unknown key)'} cannot be read from its shard: {error}") from error
+            (name, body), *pictures = [(info.name, _content(tar, info)) for info in tar]
+        fields = json.loads(body)
+        return Sample(name.removesuffix(".json"), list(fields["messages"]), [p for _, p in pictures], fields["source"])
+    except SampleError:
+        raise
+    except Exception as error:  # on hostile bytes tarfile and json raise nearly anything
+        raise SampleError("unreadable", f"{type(error).__name__}: {error}") from error
+
+
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(info) if info.isreg() else None
+    if file is None:
+        raise SampleError("unreadable", f"its member {info.name!r:.80} is no file")
+    return file.read()
+
+
+def _json(value: Any, sort_keys: bool = False) -> bytes:
+    """UTF-8 even where text holds half of a surrogate pair, which JSON can write as an escape and UTF-8 cannot."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=sort_keys).encode("utf-8", "backslashreplace")
+
+
+_SUFFIXES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
+
+
+def _suffix(picture: bytes) -> str:
+    return next((name for magic, name in _SUFFIXES.items() if picture.startswith(magic)), "img")

@@ -1,6 +1,6 @@
 """The stream: Ray Data reads the order's windows in parallel, and row i reaches rank i mod workers, always.
 
-What makes the mapping exact, whatever the timing: one window is one read task; each row is a block of its own
+What makes the mapping exact, whatever the timing: one window is one task; each row is a block of its own
 (`target_max_block_size=1`); blocks keep their order (`preserve_order`); and the split gives each block to the rank
 with the fewest rows (`equal=False`), in that order. Ray promises none of the last in its documentation, so its version
 is pinned and a digest test holds it.
@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 import ray.train
+from ray.data.block import BlockMetadata
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
@@ -29,6 +31,7 @@ from mqwen.storage import Location
 logger = logging.getLogger(__name__)
 
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
+WINDOWS_PER_LIST = 4096  # each list costs the start-up a millisecond, and after a lost node its part is made again
 
 
 class OrderedSplit(ray.train.DataConfig):
@@ -43,49 +46,88 @@ class OrderedSplit(ray.train.DataConfig):
 
 @dataclass(frozen=True)
 class Stream:
-    """The rows of a dataset in their order. `rows` bounds how many a run can want."""
+    """The rows of a dataset in their order, epoch after epoch. `rows` is how many a run can want."""
 
     dataset: Location
     order: Order
     processor: MQWenProcessor
     rows: int
 
+    def __post_init__(self) -> None:
+        """Raises DataError where the dataset's tokens were counted by another tokenizer: its packs would not fit."""
+        if self.order.manifest.tokenizer != self.processor.tokenizer.fingerprint:
+            raise DataError(f"{self.dataset} was ingested with another tokenizer than this model's; ingest it again")
+
     def start(self, position: Position) -> ray.data.Dataset:
-        """A Ray dataset of the rows from `position` on."""
-        windows = self.order.windows
-        first = position.epoch * windows + position.window
-        epochs = -(-self.rows // self.order.least_rows)
-        count = (position.epoch + epochs + 1) * windows - first
+        """A Ray dataset of the rows from `position` on, `rows` of them or more."""
         context = ray.data.DataContext.get_current().copy()
         context.target_max_block_size = 1
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         with ray.data.DataContext.current(context):
-            return ray.data.range(count, override_num_blocks=count).map_batches(
+            # One list of windows at a time, on no CPU: they wait for the readers. That also keeps Ray from fusing the
+            # two, which would read a whole list in one task.
+            windows = ray.data.read_datasource(_Windows(self.rows + 1), num_cpus=0, concurrency=1)
+            return windows.map_batches(
                 WindowReader(self.dataset, self.order, self.processor, position), batch_size=1, batch_format="pyarrow"
             )
 
     def blank(self) -> Batch:
         """A row without samples: what a rank runs when others have one row more."""
-        row = RowBuilder(self.processor, self.order.settings).build([], Position(), Position())
+        row = RowBuilder(self.processor, self.order.settings).build([], [], Position(), Position())
         return self._unpack(row)
 
     def _unpack(self, row: pa.Table) -> Batch:
         return unpack(row, self.order.settings.packs_per_row, self.processor.image_size)
 
     def read(self, rows: ray.data.DataIterator, start: Position, max_bad: float) -> Iterator[Batch]:
-        """This rank's rows. Raises DataError when more than `max_bad` of the samples so far were unreadable."""
+        """This rank's rows. Raises DataError when more than `max_bad` of the samples so far could not be used.
+
+        One always may; the share of a few rows says little.
+        """
         seen, bad = 0, dict[str, str]()
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_ROWS):
-            assert table.num_rows == 1, "Ray Data put several rows into a block: the order would depend on the workers"
+            if table.num_rows != 1:
+                raise RuntimeError(f"Ray Data put {table.num_rows} rows into a block: their ranks would depend on it")
             row = self._unpack(table)
             if row.start != (start.epoch, start.window, start.row):
                 raise DataError(f"the stream starts at {row.start}, the checkpoint stands at {start}: start again")
             seen += len(row.keys) + len(row.quarantined)
             bad |= row.quarantined
             for key, reason in row.quarantined.items():
-                logger.warning("sample %s is masked: %s", key, reason)
+                logger.warning("sample %s is left out: %s", key, reason)
             if len(bad) > max(1, max_bad * seen):
                 listed = "; ".join(f"{key}: {reason}" for key, reason in list(bad.items())[:20])
-                raise DataError(f"{len(bad)} of {seen} samples are unreadable, more than {max_bad:.1%}: {listed}")
+                raise DataError(
+                    f"{len(bad)} of {seen} samples could not be used, data.max_bad allows {max_bad:.1%}: {listed}"
+                )
             yield row
+
+
+class _Windows(ray.data.Datasource):
+    """The numbers 0 to `count` - 1, each a block: as many windows as there are rows suffice, as each has one at least.
+
+    The first window may have no row left to read.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * self._count
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+        return [
+            ray.data.ReadTask(partial(_numbers, first, last), _metadata(last - first))
+            for first in range(0, self._count, WINDOWS_PER_LIST)
+            for last in [min(first + WINDOWS_PER_LIST, self._count)]
+        ]
+
+
+def _numbers(first: int, last: int) -> Iterator[pa.Table]:
+    return (pa.table({"window": [number]}) for number in range(first, last))
+
+
+def _metadata(rows: int) -> BlockMetadata:
+    return BlockMetadata(num_rows=rows, size_bytes=8 * rows, input_files=None, exec_stats=None)

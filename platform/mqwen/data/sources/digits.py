@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -62,7 +62,8 @@ def answer(kind: str, language: Language, digits: list[int]) -> str:
         case "count":
             return words[len(digits)] if language == "en" else f"{words[len(digits)]}个"
         case "sum":
-            return f"{'+'.join(map(str, digits))}={sum(digits)}"  # with its working: a small model adds what it has read
+            # With its working: a small model adds what it has read.
+            return f"{'+'.join(map(str, digits))}={sum(digits)}"
     raise ValueError(f"kind {kind!r} is unknown; allowed are {', '.join(KINDS)}")
 
 
@@ -125,7 +126,7 @@ class DigitsSource:
         # One question a picture: with several, the later answers can be had from the earlier ones without looking.
         kind, language = str(random.choice(kinds_for(digits))), random.choice(get_args(Language))
         question = {"type": "text", "text": str(random.choice(QUESTIONS[kind][language]))}
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "user", "content": [{"type": "image"}, question]},
             {"role": "assistant", "content": answer(kind, language, digits)},
         ]
