@@ -4,7 +4,6 @@ python jobs/demo.py --out out/demo
 """
 
 import shutil
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ class Demo:
     """`pictures` are drawn for training, `asked` held-out ones for each kind of question, once in each language."""
 
     out: Path = Path("out/demo")
-    pictures: int = 12000
+    pictures: int = 8000
     asked: int = 100
     steps: int = 800
     seed: int = 0
@@ -44,29 +43,26 @@ def main() -> None:
     demo.out.mkdir(parents=True)
     marker.touch()
 
-    tokenizer, dataset, runs, artifact = (str(demo.out / name) for name in ("tokenizer", "data", "runs", "artifact"))
-    python, jobs = sys.executable, Path(__file__).parent
-    with PeakMemory() as memory, cluster(cpus=6) as address:
-        stages = Stages({"RAY_ADDRESS": address})
-        with stages.stage("vocabulary"):
-            Path(tokenizer).mkdir()
-            words = train_vocabulary(vocabulary_texts(), 512, Path(tokenizer) / VOCABULARY_FILE)
-            stages.figures["vocabulary"] = f"{len(words)} tokens"
-        with stages.stage("ingest"):
-            stages.run(python, f"{jobs}/ingest.py", "digits", "--dataset", dataset, "--tokenizer", tokenizer,
-                       "--pictures", str(demo.pictures), "--seed", str(demo.seed))
-        with stages.stage("train"):
-            stages.run(python, f"{jobs}/pretrain.py", "--recipe", "demo", "--runs", runs, "--tokenizer", tokenizer,
-                       "--data.dataset", dataset, "--steps", str(demo.steps), "--seed", str(demo.seed))
-        with stages.stage("export"):
-            stages.run(python, f"{jobs}/export.py", "--run", f"{runs}/demo", "--to", artifact)
+    tokenizer, dataset, runs, artifact = (demo.out / name for name in ("tokenizer", "data", "runs", "artifact"))
+    with PeakMemory() as memory, cluster(cpus=6, show_workers=False) as address:
+        stages = Stages(Path(__file__).parent, {"RAY_ADDRESS": address})
+        with stages.stage("vocabulary") as figure:
+            tokenizer.mkdir()
+            figure(f"{len(train_vocabulary(vocabulary_texts(), 512, tokenizer / VOCABULARY_FILE))} byte sequences")
+        where, seed = {"tokenizer": tokenizer}, {"seed": demo.seed}
+        stages.job("ingest", "ingest.py", "digits", dataset=dataset, pictures=demo.pictures, **where, **seed)
+        stages.job(
+            "train", "pretrain.py", recipe="demo", runs=runs, data__dataset=dataset, steps=demo.steps, **where, **seed
+        )
+        stages.job("export", "export.py", run=runs / "demo", to=artifact)
         with ExitStack() as serving:
             with stages.stage("serve"):
-                server = serving.enter_context(served(stages, Path(artifact)))
-            with stages.stage("ask"):
+                server = serving.enter_context(served(stages, artifact, demo.out / "serve.log"))
+            with stages.stage("ask") as figure:
                 quiz = ask(server, make_quiz(demo.asked, demo.seed), counter("answers"))
                 shuffled = ask(server, shuffle_pictures(quiz, demo.seed), counter("answers with shuffled pictures"))
-    loss = draw_loss(read_metrics(locate(runs) / "demo"))
+                figure(f"{len(quiz + shuffled)} answers")
+    loss = draw_loss(read_metrics(locate(runs / "demo")))
     write_report(demo.out, stages, quiz, shuffled, memory.bytes, loss)
 
 

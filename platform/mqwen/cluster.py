@@ -22,23 +22,24 @@ if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
 
-import ray  # noqa: E402
+import ray
 
 
 @contextmanager
-def cluster(cpus: int) -> Iterator[str]:
+def cluster(cpus: int, show_workers: bool = True) -> Iterator[str]:
     """Connects to RAY_ADDRESS; without it starts a cluster of at least `cpus` logical CPUs, ended with the block.
 
     A cluster of our own is small (a laptop, the demo): workers may be more than its cores, and then share them.
-    Yields the cluster's address.
+    `show_workers` prints what workers print. Yields the cluster's address.
     """
     if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.WARNING)
+        ray.init(logging_level=logging.WARNING, log_to_driver=show_workers)
     else:
         ray.init(
             num_cpus=max(cpus, os.cpu_count() or 1),
             include_dashboard=True,  # on loopback; Ray Train asks it about its own actors
             logging_level=logging.WARNING,
+            log_to_driver=show_workers,
         )
     try:
         yield ray.get_runtime_context().gcs_address

@@ -41,7 +41,7 @@ def make_quiz(pictures: int, seed: int) -> list[Question]:
         for _ in range(pictures):
             picture, digits = draw("heldout", random, int(random.choice(digits_wanted)))
             for language in get_args(Language):
-                text = str(random.choice(QUESTIONS[kind][language]))
+                text = QUESTIONS[kind][language]
                 quiz.append(Question(kind, language, text, picture, answer(kind, language, digits)))
     return quiz
 

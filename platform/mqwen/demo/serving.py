@@ -30,17 +30,19 @@ class Server:
 
 
 @contextmanager
-def served(stages: Stages, artifact: Path) -> Iterator[Server]:
+def served(stages: Stages, artifact: Path, log: Path) -> Iterator[Server]:
     """A server of `artifact`, ready for requests during the block. Raises StageError where it does not get ready."""
     port, key = _free_port(), secrets.token_urlsafe(32)
     stages.environment["MQWEN_API_KEYS"] = hashlib.sha256(key.encode()).hexdigest()
     serve.start(http_options={"host": HOST, "port": port})
-    command = Path(sys.executable).parent / "serve"
-    with stages.running(
-        str(command), "run", "serve.app:build", f"checkpoint={artifact}", "name=demo", "max_replicas=2"
-    ) as process:
-        server = Server(f"http://{HOST}:{port}", key, "demo")
-        _wait_until_ready(server, process)
+    serve_command = str(Path(sys.executable).parent / "serve")
+    command = [serve_command, "run", "serve.app:build", f"checkpoint={artifact}", "name=demo", "max_replicas=2"]
+    server = Server(f"http://{HOST}:{port}", key, "demo")
+    with log.open("w") as output, stages.running(command, output) as process:
+        try:
+            _wait_until_ready(server, process)
+        except StageError as error:
+            raise StageError(f"{error}. It said:\n{log.read_text()[-2000:]}") from error
         yield server
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -26,28 +29,48 @@ class StageError(UserError):
 class Stages:
     """Times of the stages so far, each with the figure that it is shown with."""
 
+    jobs: Path
     environment: dict[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
     figures: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Times the block. It is given a function that takes the stage's figure."""
         print(f"\n== {name}", flush=True)
         started = time.monotonic()
-        yield
+        yield lambda figure: self.figures.update({name: figure})
         self.seconds[name] = time.monotonic() - started
 
-    def run(self, *command: str) -> None:
-        """Runs a command to its end. Raises StageError where it fails."""
-        with self.running(*command) as process:
+    def job(self, stage: str, script: str, *words: str, **options: object) -> None:
+        """Runs a script of jobs/ as a stage; the last line it prints is the figure. Raises StageError where it fails.
+
+        Options are named as on the command line, with _ for - and __ for the dot.
+        """
+        command = [sys.executable, str(self.jobs / script), *words]
+        for name, value in options.items():
+            command += [f"--{name.replace('__', '.').replace('_', '-')}", str(value)]
+        with self.stage(stage) as figure, self.running(command, subprocess.PIPE) as process:
+            assert process.stdout is not None
+            line = ""
+            for line in process.stdout:
+                print(line, end="", flush=True)
             if code := process.wait():
                 raise StageError(f"{' '.join(command)} ended with exit code {code}")
+            figure(line.strip())
 
     @contextmanager
-    def running(self, *command: str) -> Iterator[subprocess.Popen]:
+    def running(self, command: list[str], output: int | IO) -> Iterator[subprocess.Popen]:
         """A command that runs during the block and has ended, with all it started, after it."""
         # In a session of its own a command does not see the terminal's Ctrl-C: it is ended here, once and in order.
-        process = subprocess.Popen(command, env=os.environ | self.environment, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=os.environ | self.environment,
+            start_new_session=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         try:
             yield process
         finally:
@@ -96,8 +119,6 @@ class PeakMemory:
         while not self._stop.wait(self._every):
             total = 0
             for process in [me, *me.children(recursive=True)]:
-                try:
+                with suppress(psutil.Error):  # it may have ended meanwhile
                     total += process.memory_full_info().pss
-                except psutil.Error:
-                    continue  # it ended meanwhile
             self.bytes = max(self.bytes, total)

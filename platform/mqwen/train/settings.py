@@ -57,13 +57,15 @@ class OptimizerSettings:
 class ParallelSettings:
     """`cpus_per_worker` is what Ray sets aside for a training worker and how many threads it computes with.
 
-    `max_failures` is how often a run may lose its workers and go on from its last checkpoint.
+    `reshard_after_forward` frees a block's gathered weights between its forward and its backward pass: less memory for
+    one more gathering. `max_failures` is how often a run may lose its workers and go on from its last checkpoint.
     """
 
     workers: int = 1
     strategy: Literal["fsdp2"] = "fsdp2"
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
+    reshard_after_forward: bool = True
     max_failures: int = 3
 
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mqwen.train.optimizer import parameter_groups
-from mqwen.train.settings import OptimizerSettings
+from mqwen.train.settings import OptimizerSettings, ParallelSettings
 
 
 class Strategy(Protocol):
@@ -42,17 +42,19 @@ class Strategy(Protocol):
 class FSDP2:
     """torch's `fully_shard`: every block of the language model a unit, the rest (embeddings, picture path) another."""
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], settings: OptimizerSettings) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: list[nn.Module], parallel: ParallelSettings, settings: OptimizerSettings
+    ) -> None:
         self.device = next(model.parameters()).device
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward)
+        fully_shard(model, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward)
         self.model = model
         self._clip = settings.clip
         # The groups are made now because sharding has put new parameters in the place of the old ones.
         groups = parameter_groups(model, settings)
-        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, foreach=True)
+        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=True)
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss * dist.get_world_size()).backward()  # fully_shard averages over the ranks
@@ -71,4 +73,5 @@ class FSDP2:
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
-STRATEGIES: dict[str, Callable[[nn.Module, list[nn.Module], OptimizerSettings], Strategy]] = {"fsdp2": FSDP2}
+Shard = Callable[[nn.Module, list[nn.Module], ParallelSettings, OptimizerSettings], Strategy]
+STRATEGIES: dict[str, Shard] = {"fsdp2": FSDP2}

@@ -44,7 +44,8 @@ def work(config: dict[str, Task]) -> None:
     model = build_model(settings, task.config).to(device)
     freeze(model, settings.optimizer.freeze)
     model.train()
-    strategy = STRATEGIES[settings.parallel.strategy](model, list(model.transformer.h), settings.optimizer)
+    shard = STRATEGIES[settings.parallel.strategy]
+    strategy = shard(model, list(model.transformer.h), settings.parallel, settings.optimizer)
 
     progress = Progress()
     if latest := checkpoint.latest(task.run):

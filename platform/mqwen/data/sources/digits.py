@@ -28,21 +28,12 @@ _WORDS = {
     "en": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
     "zh": ["零", "一", "二", "三", "四", "五", "六", "七", "八", "九"],
 }
-QUESTIONS: dict[str, dict[str, list[str]]] = {
-    "which": {"en": ["Which digit is this?", "What digit do you see?"], "zh": ["这是哪个数字?", "图中是什么数字?"]},
-    "read": {
-        "en": ["Which digits are these, from left to right?", "Read the digits."],
-        "zh": ["从左到右是哪些数字?", "读出这些数字。"],
-    },
-    "count": {"en": ["How many digits are there?", "Count the digits."], "zh": ["有几个数字?", "图中有多少个数字?"]},
-    "leftmost": {
-        "en": ["Which digit is leftmost?", "What is the first digit on the left?"],
-        "zh": ["最左边是哪个数字?", "左起第一个数字是什么?"],
-    },
-    "sum": {
-        "en": ["What is the sum of the digits?", "Add the digits."],
-        "zh": ["这些数字的和是多少?", "把数字加起来。"],
-    },
+QUESTIONS: dict[str, dict[str, str]] = {
+    "which": {"en": "Which digit is this?", "zh": "这是哪个数字?"},
+    "read": {"en": "Which digits are these?", "zh": "这些是哪些数字?"},
+    "count": {"en": "How many digits are there?", "zh": "有几个数字?"},
+    "leftmost": {"en": "Which digit is leftmost?", "zh": "最左边是哪个数字?"},
+    "sum": {"en": "What is the sum of the digits?", "zh": "这些数字的和是多少?"},
 }
 KINDS = tuple(QUESTIONS)
 
@@ -69,7 +60,7 @@ def answer(kind: str, language: Language, digits: list[int]) -> str:
 
 def vocabulary_texts() -> list[str]:
     """Every text of the demo, for its vocabulary."""
-    texts = [text for kind in QUESTIONS.values() for questions in kind.values() for text in questions]
+    texts = [text for questions in QUESTIONS.values() for text in questions.values()]
     texts += [word for words in _WORDS.values() for word in words]
     return texts + [answer("count", "zh", [0] * n) for n in (1, 2, 3)] + ["system", "user", "assistant", "\n"]
 
@@ -125,7 +116,7 @@ class DigitsSource:
         picture, digits = draw(self.split, random)
         # One question a picture: with several, the later answers can be had from the earlier ones without looking.
         kind, language = str(random.choice(kinds_for(digits))), random.choice(get_args(Language))
-        question = {"type": "text", "text": str(random.choice(QUESTIONS[kind][language]))}
+        question = {"type": "text", "text": QUESTIONS[kind][language]}
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": [{"type": "image"}, question]},
             {"role": "assistant", "content": answer(kind, language, digits)},
