@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 from mqwen.errors import UserError
 
 COPIED_AT_ONCE = 1 << 22  # bytes
+IMPOSSIBLE_NAME = (pa.ArrowInvalid, UnicodeEncodeError)  # what Arrow raises for a name that no file can have
 
 
 class StorageError(UserError):
@@ -88,35 +89,36 @@ class Location:
 
     def write_bytes(self, data: bytes) -> None:
         """Writes the whole file or nothing: readers never see a part of it."""
-        with self._errors_named("written"), self.replace() as stream:
+        with self.replace() as stream:
             stream.write(data)
 
     @contextmanager
     def replace(self) -> Iterator[IO[bytes]]:
         """A stream whose bytes appear under this name, all at once, when the block ends without an error."""
-        if isinstance(self.filesystem, pafs.LocalFileSystem):
-            self.filesystem.create_dir(self.path.rsplit("/", 1)[0], recursive=True)
-            # A name of its own: a task that Ray runs again may write beside the one that it took for lost.
-            partial = f"{self.path}.{uuid.uuid4().hex}.partial"
-            try:
-                with self.filesystem.open_output_stream(partial) as stream:
-                    yield stream
-                self.filesystem.move(partial, self.path)
-            except BaseException:
-                with suppress(OSError):
-                    self.filesystem.delete_file(partial)
-                raise
-        else:
-            # An object appears when its upload is closed, and Arrow cannot abandon one: it starts when all is there.
-            with tempfile.TemporaryFile() as whole:
-                yield whole
-                whole.seek(0)
-                with self.filesystem.open_output_stream(self.path) as stream:
-                    shutil.copyfileobj(whole, stream, COPIED_AT_ONCE)
+        with self._errors_named("written"):
+            if isinstance(self.filesystem, pafs.LocalFileSystem):
+                self.filesystem.create_dir(self.path.rsplit("/", 1)[0], recursive=True)
+                # A name of its own: a task that Ray runs again may write beside the one that it took for lost.
+                partial = f"{self.path}.{uuid.uuid4().hex}.partial"
+                try:
+                    with self.filesystem.open_output_stream(partial) as stream:
+                        yield stream
+                    self.filesystem.move(partial, self.path)
+                except BaseException:
+                    with suppress(OSError):
+                        self.filesystem.delete_file(partial)
+                    raise
+            else:
+                # An object appears when its upload ends, and Arrow cannot abandon one: it starts once all is here.
+                with tempfile.TemporaryFile() as whole:
+                    yield whole
+                    whole.seek(0)
+                    with self.filesystem.open_output_stream(self.path) as stream:
+                        shutil.copyfileobj(whole, stream, COPIED_AT_ONCE)
 
     def upload(self, file: Path) -> None:
         """Copies a local file here."""
-        with self._errors_named("written"), file.open("rb") as source, self.replace() as target:
+        with file.open("rb") as source, self.replace() as target:
             shutil.copyfileobj(source, target, COPIED_AT_ONCE)
 
     def download(self, file: Path) -> None:
@@ -152,18 +154,18 @@ class Location:
     def _errors_named(self, done: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, *IMPOSSIBLE_NAME) as error:
             if done == "read" and self._is_no_file(error):
                 raise MissingFileError(f"{self} does not exist or is no file") from error
             raise StorageError(f"{self} cannot be {done}: {error}") from error
 
-    def _is_no_file(self, error: OSError | ValueError) -> bool:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-            try:
-                return self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory
-            except OSError:
-                return False
-        return True  # a ValueError says that no file can have this name
+    def _is_no_file(self, error: Exception) -> bool:
+        if not isinstance(error, OSError) or error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return True
+        try:
+            return self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory
+        except OSError:
+            return False
 
 
 def locate(uri: str | Path) -> Location:

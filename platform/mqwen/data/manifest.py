@@ -78,7 +78,7 @@ def read_manifest(dataset: Location) -> Manifest:
         manifest = Manifest(**{**raw, "shards": [Shard(**shard) for shard in raw["shards"]]})
     except MissingFileError as error:
         raise DataError(f"{dataset} is no dataset: it has no {MANIFEST}; jobs/ingest.py makes one") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{dataset / MANIFEST} is damaged ({error}); ingest the dataset again") from error
     if not manifest.samples:
         raise EmptyDatasetError(f"{dataset} holds no samples; rejected when it was ingested: {manifest.rejected}")

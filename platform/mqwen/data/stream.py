@@ -11,27 +11,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 import ray.train
-from ray.data.block import BlockMetadata
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
 from mqwen.data.order import Order, Position
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
+from mqwen.data.windows import Windows
 from mqwen.model import MQWenProcessor
 from mqwen.storage import Location
 
 logger = logging.getLogger(__name__)
 
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
-WINDOWS_PER_LIST = 4096  # each list costs the start-up a millisecond, and after a lost node its part is made again
 
 
 class OrderedSplit(ray.train.DataConfig):
@@ -65,9 +63,10 @@ class Stream:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         with ray.data.DataContext.current(context):
-            # One list of windows at a time, on no CPU: they wait for the readers. That also keeps Ray from fusing the
+            # As many windows as rows suffice: each has one at least, but the first, of which none may be left.
+            # One list of them at a time, on no CPU, as it waits for the readers. That also keeps Ray from fusing the
             # two, which would read a whole list in one task.
-            windows = ray.data.read_datasource(_Windows(self.rows + 1), num_cpus=0, concurrency=1)
+            windows = ray.data.read_datasource(Windows(self.rows + 1), num_cpus=0, concurrency=1)
             return windows.map_batches(
                 WindowReader(self.dataset, self.order, self.processor, position), batch_size=1, batch_format="pyarrow"
             )
@@ -102,32 +101,3 @@ class Stream:
                     f"{len(bad)} of {seen} samples could not be used, data.max_bad allows {max_bad:.1%}: {listed}"
                 )
             yield row
-
-
-class _Windows(ray.data.Datasource):
-    """The numbers 0 to `count` - 1, each a block: as many windows as there are rows suffice, as each has one at least.
-
-    The first window may have no row left to read.
-    """
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self._count = count
-
-    def estimate_inmemory_data_size(self) -> int:
-        return 8 * self._count
-
-    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
-        return [
-            ray.data.ReadTask(partial(_numbers, first, last), _metadata(last - first))
-            for first in range(0, self._count, WINDOWS_PER_LIST)
-            for last in [min(first + WINDOWS_PER_LIST, self._count)]
-        ]
-
-
-def _numbers(first: int, last: int) -> Iterator[pa.Table]:
-    return (pa.table({"window": [number]}) for number in range(first, last))
-
-
-def _metadata(rows: int) -> BlockMetadata:
-    return BlockMetadata(num_rows=rows, size_bytes=8 * rows, input_files=None, exec_stats=None)

@@ -33,7 +33,10 @@ class LlavaSource:
     pictures: Location
 
     def chunks(self, size: int) -> list[list[tuple[str, Record | SampleError]]]:
-        """The records, each with its key, in lists of `size`. Raises DataError where the file is no list of them."""
+        """The records, each with its key, in lists of `size`.
+
+        Raises DataError where the file is no list of conversations, or the pictures' folder is not there.
+        """
         try:
             records = json.loads(self.conversations.read_bytes())
         except MissingFileError as error:
@@ -44,6 +47,8 @@ class LlavaSource:
             raise DataError(f"{self.conversations} must hold a list of conversations, as LLaVA's files do")
         if not records:
             raise EmptyDatasetError(f"{self.conversations} holds no conversations")
+        if not self.pictures.exists():
+            raise DataError(f"the pictures' folder {self.pictures} does not exist")
         keyed = list(_with_keys(records))
         return [keyed[i : i + size] for i in range(0, len(keyed), size)]
 

@@ -1,0 +1,39 @@
+"""Which windows to read, as a Ray Data source: nothing but their numbers. It needs no torch, as reader.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data.block import BlockMetadata
+
+# Numbers come in lists, one task each: many cost a run's start a millisecond each, long ones have more to do again
+# when their node is lost.
+MOST_LISTS, LEAST_WINDOWS = 1024, 4096
+
+
+class Windows(ray.data.Datasource):
+    """The numbers 0 to `count` - 1 in the column "window", each a block, made when they are wanted."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * self._count
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+        size = max(LEAST_WINDOWS, -(-self._count // MOST_LISTS))
+        lists = [range(first, min(first + size, self._count)) for first in range(0, self._count, size)]
+        return [ray.data.ReadTask(partial(_blocks, numbers), _metadata(len(numbers))) for numbers in lists]
+
+
+def _blocks(windows: range) -> Iterator[pa.Table]:
+    return (pa.table({"window": [number]}) for number in windows)
+
+
+def _metadata(rows: int) -> BlockMetadata:
+    return BlockMetadata(num_rows=rows, size_bytes=8 * rows, input_files=None, exec_stats=None)
