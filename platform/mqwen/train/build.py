@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
+from mqwen.model.artifact import check_artifact
+from mqwen.model.vocabulary import VOCABULARY_FILE
 from mqwen.train.settings import RunSettings, SettingsError
 
 EMBEDDING_MULTIPLE = 64  # rows of the embedding are rounded up to it, as matrix units like them
@@ -13,16 +17,14 @@ EMBEDDING_MULTIPLE = 64  # rows of the embedding are rounded up to it, as matrix
 def starting_point(settings: RunSettings) -> tuple[MQWenConfig, MQWenProcessor]:
     """Configuration and processor, from `model.init_from` or for fresh weights; SettingsError says what is missing."""
     if settings.model.init_from:
-        return (
-            MQWenConfig.from_pretrained(settings.model.init_from),
-            MQWenProcessor.from_pretrained(settings.model.init_from),
-        )
+        return check_artifact(settings.model.init_from), MQWenProcessor.from_pretrained(settings.model.init_from)
     if not settings.tokenizer:
         raise SettingsError("--tokenizer is missing: fresh weights need the folder of a qwen.tiktoken")
-    try:
-        tokenizer = MQWenTokenizer.from_pretrained(settings.tokenizer)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--tokenizer {settings.tokenizer}: {error}") from error
+    if not (Path(settings.tokenizer) / VOCABULARY_FILE).is_file():  # else transformers would look for it on the Hub
+        raise SettingsError(
+            f"--tokenizer {settings.tokenizer} holds no {VOCABULARY_FILE}; give an artifact, or a folder with that file"
+        )
+    tokenizer = MQWenTokenizer.from_pretrained(settings.tokenizer)
     rows = -(-tokenizer.vocab_size // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
     config = MQWenConfig(**settings.model.config, vocab_size=rows, image_token_id=tokenizer.image_token_id)
     return config, MQWenProcessor(tokenizer, image_size=config.vision_config.image_size)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from mqwen.errors import UserError
-from mqwen.storage import Location, StorageError, locate
+from mqwen.storage import Location, MissingFileError, locate
 from mqwen.train.loop import Progress
 from mqwen.train.settings import RunSettings
 
@@ -95,15 +95,13 @@ def read_commit(checkpoint: Location) -> Commit:
     """What a checkpoint holds. Raises CheckpointError where it is none, or a file is missing or has a wrong size."""
     try:
         raw = json.loads((checkpoint / COMMIT).read_bytes())
-    except StorageError as error:
+        if (version := raw["format_version"]) != FORMAT_VERSION:
+            raise CheckpointError(f"{checkpoint} has format version {version}, this code reads {FORMAT_VERSION}")
+        commit = Commit(**raw)
+    except MissingFileError as error:
         raise CheckpointError(f"{checkpoint} is no committed checkpoint: it has no {COMMIT}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / COMMIT} is damaged ({error}); use another checkpoint") from error
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{checkpoint} has format version {raw.get('format_version')}, this code reads {FORMAT_VERSION}"
-        )
-    commit = Commit(**raw)
     for name, entry in commit.files.items():
         size = (checkpoint / name).size()
         if size != entry["bytes"]:

@@ -33,7 +33,10 @@ def export(run: Location, target: Path, step: int | None = None) -> int:
     with tempfile.TemporaryDirectory() as local:
         for name in (run / "model").names():
             (run / "model" / name).download(Path(local) / name)
-        config, processor = MQWenConfig.from_pretrained(local), MQWenProcessor.from_pretrained(local)
+        try:
+            config, processor = MQWenConfig.from_pretrained(local), MQWenProcessor.from_pretrained(local)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{run / 'model'} is not what jobs/pretrain.py wrote there: {error}") from error
     with torch.device("meta"):
         model = MQWenLMHeadModel(config)
     weights = model.to_empty(device="cpu").state_dict()

@@ -77,6 +77,7 @@ def train(
     """
     rank, workers = dist.get_rank(), dist.get_world_size()
     per_step, every = settings.data.rows_per_step, settings.checkpoint.every
+    saved = progress
     taken = 0  # rows of the order that all ranks took since the start: row i is rank i mod workers'
     for step in range(progress.step, settings.steps):
         started = time.perf_counter()
@@ -116,11 +117,12 @@ def train(
         )
         on_step(record)
         if progress.step % every == 0:
-            on_checkpoint(_over_all_ranks(progress))
-    progress = _over_all_ranks(progress)
-    if progress.step % every:
-        on_checkpoint(progress)
-    return progress
+            saved = _over_all_ranks(progress)
+            on_checkpoint(saved)
+    if progress.step > saved.step:
+        saved = _over_all_ranks(progress)
+        on_checkpoint(saved)
+    return saved
 
 
 def _sum_over_ranks(*values: float) -> list[Any]:

@@ -58,8 +58,8 @@ def work(config: dict[str, Task]) -> None:
     metrics = _Metrics(task.run, settings, rank)
 
     def on_checkpoint(now: Progress) -> None:
+        metrics.write()  # first: of a committed step the metrics are there
         target = checkpoint.save(task.run, strategy.state(), now, settings)
-        metrics.write()
         saved = ray.train.Checkpoint(target.path, target.filesystem)
         mode = ray.train.CheckpointUploadMode.NO_UPLOAD  # it is there already, committed
         ray.train.report(metrics.last, checkpoint=saved, checkpoint_upload_mode=mode)

@@ -1,0 +1,124 @@
+"""A run small enough for tests, without Ray: its settings, its rows, its training."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mqwen.data.batch import Batch, unpack
+from mqwen.data.manifest import read_manifest
+from mqwen.data.order import Order, OrderSettings, Position
+from mqwen.data.reader import WindowReader
+from mqwen.data.row import RowBuilder
+from mqwen.model import MQWenLMHeadModel
+from mqwen.storage import locate
+from mqwen.train.build import build_model, starting_point
+from mqwen.train.loop import Progress, StepRecord, train
+from mqwen.train.optimizer import freeze
+from mqwen.train.settings import (
+    CheckpointSettings,
+    DataSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RunSettings,
+)
+from mqwen.train.strategy import STRATEGIES, Strategy
+
+SIDE = 16  # pixels of a picture's side
+CONFIG: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "kv_channels": 16,
+    "intermediate_size": 96,
+    "seq_length": 128,
+    "initializer_range": 0.2,
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": 8,
+    },
+}
+
+
+def tiny_settings(tokenizer: Path, dataset: Path, runs: Path) -> RunSettings:
+    """Five rows a step, which neither two workers nor three divide; a checkpoint every second step."""
+    return RunSettings(
+        name="tiny",
+        runs=str(runs),
+        tokenizer=str(tokenizer),
+        model=ModelSettings(config=CONFIG),
+        data=DataSettings(
+            dataset=str(dataset), pack_length=90, packs_per_row=2, rows_per_step=5, run_samples=5, window_runs=3
+        ),
+        optimizer=OptimizerSettings(learning_rate=1e-2, learning_rates={"visual.*": 1e-3}, warmup=1 / 3),
+        checkpoint=CheckpointSettings(every=2),
+        steps=6,
+    )
+
+
+def order_of(settings: RunSettings) -> Order:
+    data, (config, _) = settings.data, starting_point(settings)
+    return Order(
+        read_manifest(locate(data.dataset)),
+        OrderSettings(
+            settings.seed,
+            data.pack_length,
+            data.packs_per_row,
+            config.image_positions,
+            data.run_samples,
+            data.window_runs,
+        ),
+    )
+
+
+def rows_from(settings: RunSettings, progress: Progress) -> Iterator[Batch]:
+    """The rows of the order behind a progress, without end."""
+    order, processor = order_of(settings), starting_point(settings)[1]
+    start = Position.after(progress.place) if progress.place else Position()
+    reader = WindowReader(locate(settings.data.dataset), order, processor, start)
+    for window in itertools.count():
+        for table in reader.rows(window):
+            yield unpack(table, settings.data.packs_per_row, SIDE)
+
+
+def blank_row(settings: RunSettings) -> Batch:
+    builder = RowBuilder(starting_point(settings)[1], order_of(settings).settings)
+    return unpack(builder.build([], [], Position(), Position()), settings.data.packs_per_row, SIDE)
+
+
+def fresh_model(settings: RunSettings) -> MQWenLMHeadModel:
+    model = build_model(settings, starting_point(settings)[0])
+    freeze(model, settings.optimizer.freeze)
+    return model.train()
+
+
+def fresh_strategy(settings: RunSettings) -> Strategy:
+    """A model of the seed's weights, sharded over the ranks, as each worker makes it."""
+    model = fresh_model(settings)
+    shard = STRATEGIES[settings.parallel.strategy]
+    return shard(model, list(model.transformer.h), settings.parallel, settings.optimizer)
+
+
+def train_ranks(
+    settings: RunSettings,
+    strategy: Strategy,
+    progress: Progress,
+    rank: int,
+    workers: int,
+    on_checkpoint: Callable[[Progress], None],
+    end: int | None = None,
+) -> tuple[list[StepRecord], Progress]:
+    """Trains this rank on its share of the rows behind `progress`, of which there are `end`."""
+    records: list[StepRecord] = []
+    rows = itertools.islice(rows_from(settings, progress), rank, end, workers)
+    last = train(settings, strategy, rows, blank_row(settings), progress, records.append, on_checkpoint)
+    return records, last
+
+
+def other_seed(settings: RunSettings) -> RunSettings:
+    return replace(settings, seed=settings.seed + 1)

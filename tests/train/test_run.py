@@ -1,0 +1,50 @@
+"""A run's folder: begun, continued, refused; and its metrics."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mqwen.model import MQWenConfig, MQWenProcessor
+from mqwen.storage import locate
+from mqwen.train.build import starting_point
+from mqwen.train.report import read_metrics, write_report
+from mqwen.train.run import open_run
+from mqwen.train.settings import CheckpointSettings, ParallelSettings, RunSettings, SettingsError
+
+
+def test_a_run_remembers_what_it_starts_from(settings: RunSettings) -> None:
+    config, processor = starting_point(settings)
+    run = Path(open_run(settings, config, processor).path)
+    assert run == Path(settings.runs) / settings.name
+    assert MQWenConfig.from_pretrained(run / "model").to_dict() == config.to_dict()
+    assert MQWenProcessor.from_pretrained(run / "model").tokenizer.fingerprint == processor.tokenizer.fingerprint
+    assert json.loads((run / "settings.json").read_text())["model"]["config"] == settings.model.config
+
+
+def test_what_may_change_and_what_may_not(settings: RunSettings) -> None:
+    start = starting_point(settings)
+    run = open_run(settings, *start)
+    free = replace(settings, parallel=ParallelSettings(workers=3), checkpoint=CheckpointSettings(every=7), log_every=1)
+    assert open_run(free, *start) == run
+    assert json.loads((run / "settings.json").read_bytes())["parallel"]["workers"] == 3
+    for other, name in (
+        (replace(settings, seed=1), "seed"),
+        (replace(settings, data=replace(settings.data, rows_per_step=4)), "data"),
+        (replace(settings, optimizer=replace(settings.optimizer, learning_rates={"visual.*": 2.0})), "optimizer"),
+    ):
+        with pytest.raises(SettingsError, match=rf"{run} exists with other settings \({name}\); give another --name"):
+            open_run(other, *start)
+
+
+def test_of_a_step_trained_twice_the_later_record_counts(tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+    for name, steps, loss in (("step-00000001", range(1, 5), 4.0), ("step-00000003", range(3, 7), 2.0)):
+        record = {"loss": loss, "seconds": 0.5, "images": 3, "positions": 100}
+        lines = [json.dumps({"step": step} | record) for step in steps]
+        (tmp_path / "metrics" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    found = read_metrics(locate(tmp_path))
+    assert [(record["step"], record["loss"]) for record in found] == [(1, 4), (2, 4), (3, 2), (4, 2), (5, 2), (6, 2)]
+    assert write_report(locate(tmp_path)) == "6 steps in 3 s, loss 4.000 to 2.000, 18 pictures, 200 positions/s"
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,145 @@
+"""What can be wrong with settings, and what they mean for weights and learning rates."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from mqwen.errors import UserError
+from mqwen.train.build import starting_point
+from mqwen.train.optimizer import freeze, parameter_groups, rate_factor
+from mqwen.train.recipes import RECIPES, recipe
+from mqwen.train.settings import ModelSettings, OptimizerSettings, RunSettings, SettingsError
+from tests.train.making import fresh_model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "--steps is 0; at least 1 is needed"),
+        ({"log_every": 0}, "--log-every is 0; at least 1"),
+        ({"data": {"rows_per_step": 0}}, "--data.rows-per-step is 0; at least 1"),
+        ({"data": {"packs_per_row": -1}}, "--data.packs-per-row is -1; at least 1"),
+        ({"data": {"dataset": ""}}, "--data.dataset is missing"),
+        ({"parallel": {"workers": 0}}, "--parallel.workers is 0; at least 1"),
+        ({"checkpoint": {"every": 0}}, "--checkpoint.every is 0; at least 1"),
+        ({"checkpoint": {"keep": 0}}, "--checkpoint.keep is 0; at least 1"),
+        ({"name": "a/b"}, "--name 'a/b' must be a plain name"),
+        ({"name": ""}, "--name '' must be a plain name"),
+    ],
+)
+def test_settings_that_cannot_work(settings: RunSettings, change: dict[str, Any], message: str) -> None:
+    settings.check()
+    for name, value in change.items():
+        changed = replace(getattr(settings, name), **value) if isinstance(value, dict) else value
+        settings = replace(settings, **{name: changed})
+    with pytest.raises(SettingsError) as raised:
+        settings.check()
+    assert message in str(raised.value)
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
+    for name in RECIPES:
+        with pytest.raises(SettingsError, match=f"recipe '{name[1:]}' is unknown; did you mean '{name}'"):
+            recipe(name[1:])
+        assert recipe(name).name
+
+
+def test_a_tokenizer_that_is_none(settings: RunSettings, dataset: Path) -> None:
+    for tokenizer, message in (
+        ("", "--tokenizer is missing"),
+        (str(dataset), f"--tokenizer {dataset} holds no qwen.tiktoken"),
+        ("org/repository", "--tokenizer org/repository holds no qwen.tiktoken"),  # nothing is fetched
+    ):
+        with pytest.raises(SettingsError, match=message):
+            starting_point(replace(settings, tokenizer=tokenizer))
+
+
+def test_an_artifact_to_start_from_that_is_none(settings: RunSettings, tmp_path: Path) -> None:
+    for folder in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match=str(folder)):
+            starting_point(replace(settings, model=ModelSettings(init_from=str(folder))))
+
+
+class Two(nn.Module):
+    """Parameters: body.0 and body.1, each a weight and a bias, and scale, of one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+        self.norm = nn.LayerNorm(2)
+
+
+def groups_by_name(model: nn.Module, settings: OptimizerSettings) -> dict[str, tuple[float, float, float]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        names[parameter]: (group["base_lr"], group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, settings)
+        for parameter in group["params"]
+    }
+
+
+def test_rates_and_decay_of_each_parameter() -> None:
+    rates = {"body.*": 2e-3, "*.bias": 3e-3, "body.1.bias": 4e-3}
+    found = groups_by_name(Two(), OptimizerSettings(learning_rate=1e-3, learning_rates=rates, weight_decay=0.1))
+    assert found == {
+        "body.0.weight": (2e-3, 2e-3, 0.1),
+        "body.1.weight": (2e-3, 2e-3, 0.1),
+        "body.0.bias": (3e-3, 3e-3, 0.0),
+        "body.1.bias": (4e-3, 4e-3, 0.0),  # the later pattern wins
+        "norm.weight": (1e-3, 1e-3, 0.0),
+        "norm.bias": (3e-3, 3e-3, 0.0),
+    }
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = Two()
+    freeze(model, ("body.0.*", "norm.*"))
+    assert groups_by_name(model, OptimizerSettings()).keys() == {"body.1.weight", "body.1.bias"}
+    assert not model.body[0].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("frozen", "rates", "words"),
+    [
+        (("boddy.*",), {}, ["--optimizer.freeze 'boddy.*' matches no parameter", "body.*, norm.*"]),
+        ((), {"bodi.*": 1.0}, ["--optimizer.learning-rates 'bodi.*' matches no parameter", "body.*, norm.*"]),
+        (("body.*",), {"body.0.*": 1.0}, ["--optimizer.learning-rates 'body.0.*'", "frozen"]),
+        (("body.*", "norm.*"), {}, ["--optimizer.freeze body.* norm.* leaves nothing to train"]),
+    ],
+)
+def test_patterns_that_cannot_be_meant(frozen: tuple[str, ...], rates: dict[str, float], words: list[str]) -> None:
+    model, settings = Two(), OptimizerSettings(freeze=frozen, learning_rates=rates)
+    with pytest.raises(SettingsError) as raised:
+        freeze(model, settings.freeze)
+        parameter_groups(model, settings)
+    assert all(word in str(raised.value) for word in words)
+
+
+def test_the_demos_patterns_fit_the_model(settings: RunSettings) -> None:
+    demo = recipe("demo").optimizer
+    found = groups_by_name(fresh_model(settings), demo)
+    assert found["visual.vision_model.encoder.layers.0.mlp.fc1.weight"][0] == demo.learning_rates["visual.*"]
+    assert found["transformer.h.0.attn.c_attn.weight"][0] == demo.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "warmup", "factor"),
+    [
+        (0, 100, 0.1, 0.1),
+        (4, 100, 0.1, 0.5),
+        (9, 100, 0.1, 1.0),
+        (10, 100, 0.1, 1.0),
+        (55, 100, 0.1, 0.5),
+        (25, 100, 0.1, (1 + math.sqrt(3) / 2) / 2),  # a sixth of the way down: cos 30°
+        (99, 100, 0.1, 0.000304586490452),
+        (0, 100, 0.0, 1.0),
+        (0, 1, 0.5, 1.0),
+        (1, 2, 1.0, 1.0),
+    ],
+)
+def test_the_schedule(step: int, steps: int, warmup: float, factor: float) -> None:
+    assert rate_factor(step, steps, warmup) == pytest.approx(factor, rel=1e-9)
