@@ -28,9 +28,9 @@ class Demo:
     """`pictures` are drawn for training, `asked` held-out ones for each kind of question, once in each language."""
 
     out: Path = Path("out/demo")
-    pictures: int = 8000
+    pictures: int = 12000
     asked: int = 100
-    steps: int = 800
+    steps: int = 700
     seed: int = 0
 
 

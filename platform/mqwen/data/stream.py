@@ -62,6 +62,7 @@ class Stream:
         context.target_max_block_size = 1
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
+        context.memory_usage_poll_interval_s = None  # measuring a reader's memory each second costs more than reading
         with ray.data.DataContext.current(context):
             # As many windows as rows suffice: each has one at least, but the first, of which none may be left.
             # One list of them at a time, on no CPU, as it waits for the readers. That also keeps Ray from fusing the

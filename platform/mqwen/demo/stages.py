@@ -101,7 +101,7 @@ def end_group(process: subprocess.Popen) -> None:
 class PeakMemory:
     """The most memory that this process and all below it held at once, in bytes, shared pages counted once."""
 
-    def __init__(self, every: float = 1.0) -> None:
+    def __init__(self, every: float = 3.0) -> None:
         self.bytes = 0
         self._every, self._stop = every, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

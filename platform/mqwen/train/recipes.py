@@ -40,7 +40,7 @@ def demo() -> RunSettings:
             learning_rates={"visual.*": 1e-4, "visual.*position_embedding*": 1e-3},
         ),
         parallel=ParallelSettings(workers=2, reshard_after_forward=False),
-        steps=800,
+        steps=700,
     )
 
 

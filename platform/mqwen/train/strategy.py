@@ -8,7 +8,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -54,7 +59,12 @@ class FSDP2:
         self._clip = settings.clip
         # The groups are made now because sharding has put new parameters in the place of the old ones.
         groups = parameter_groups(model, settings)
-        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=True)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=True)
+        # All of Adam's state is made now: resuming asks a checkpoint for it, also for weights that get no gradient, as
+        # CLIP's post_layernorm. The call takes a step of size zero, which is not to count.
+        get_optimizer_state_dict(model, self.optimizer)
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss * dist.get_world_size()).backward()  # fully_shard averages over the ranks

@@ -36,6 +36,7 @@ QUESTIONS: dict[str, dict[str, str]] = {
     "sum": {"en": "What is the sum of the digits?", "zh": "这些数字的和是多少?"},
 }
 KINDS = tuple(QUESTIONS)
+WEIGHTS = {"which": 3, "read": 2, "count": 1, "leftmost": 2, "sum": 4}  # how often each is asked: by how hard it is
 
 
 def kinds_for(digits: list[int]) -> list[str]:
@@ -115,7 +116,8 @@ class DigitsSource:
         random = np.random.default_rng([self.seed, number])
         picture, digits = draw(self.split, random)
         # One question a picture: with several, the later answers can be had from the earlier ones without looking.
-        kind, language = str(random.choice(kinds_for(digits))), random.choice(get_args(Language))
+        kind = str(random.choice([kind for kind in kinds_for(digits) for _ in range(WEIGHTS[kind])]))
+        language = random.choice(get_args(Language))
         question = {"type": "text", "text": QUESTIONS[kind][language]}
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": [{"type": "image"}, question]},
