@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.manifest import read_manifest
 from mqwen.data.order import Order, OrderSettings, Position
@@ -13,6 +15,7 @@ from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
 from mqwen.model import MQWenLMHeadModel
 from mqwen.storage import locate
+from mqwen.train import checkpoint
 from mqwen.train.build import build_model, starting_point
 from mqwen.train.loop import Progress, StepRecord, train
 from mqwen.train.optimizer import freeze
@@ -118,6 +121,19 @@ def train_ranks(
     rows = itertools.islice(rows_from(settings, progress), rank, end, workers)
     last = train(settings, strategy, rows, blank_row(settings), progress, records.append, on_checkpoint)
     return records, last
+
+
+def train_and_keep(rank: int, workers: int, settings: RunSettings) -> dict[int, dict[str, torch.Tensor]]:
+    """The whole weights at each checkpoint, by step."""
+    strategy, kept = fresh_strategy(settings), dict[int, dict[str, torch.Tensor]]()
+
+    def save(progress: Progress) -> None:
+        checkpoint.save(locate(settings.runs) / settings.name, strategy.state(), progress, settings)
+        weights = strategy.model.state_dict().items()
+        kept[progress.step] = {name: tensor.full_tensor().clone() for name, tensor in weights}  # type: ignore[operator]
+
+    train_ranks(settings, strategy, Progress(), rank, workers, save)
+    return kept
 
 
 def other_seed(settings: RunSettings) -> RunSettings:

@@ -34,7 +34,8 @@ def export(run: Location, target: Path, step: int | None = None) -> int:
         for name in (run / "model").names():
             (run / "model" / name).download(Path(local) / name)
         try:
-            config, processor = MQWenConfig.from_pretrained(local), MQWenProcessor.from_pretrained(local)
+            config = MQWenConfig.from_json_file(Path(local) / "config.json")  # from_pretrained does without the file
+            processor = MQWenProcessor.from_pretrained(local)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{run / 'model'} is not what jobs/pretrain.py wrote there: {error}") from error
     with torch.device("meta"):
