@@ -1,0 +1,77 @@
+"""Bad command lines: one clear message, a non-zero exit, no trace, and no Ray was started for it."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.commands import SMALL, Shell
+
+EMPTY = {"shards": [], "tokenizer": "0" * 64, "rejected": {"picture": 3}, "format_version": 1}
+SHARD = {"name": "shard-000000", "samples": 1, "tokens": 9, "images": 0, "nbytes": 1, "sha256": "", "index_sha256": ""}
+
+PRETRAIN = ["jobs/pretrain.py", *SMALL, "--runs", "{tmp}/runs"]
+READY = [*PRETRAIN, "--tokenizer", "{tokenizer}", "--data.dataset"]
+
+# Name: the command line, and what must be in the answer.
+LINES: dict[str, tuple[list[str], list[str]]] = {
+    "unknown recipe": (
+        ["jobs/pretrain.py", "--recipe", "dmeo"],
+        ["error: recipe 'dmeo' is unknown; did you mean 'demo'?"],
+    ),
+    "unknown option": ([*PRETRAIN, "--setps", "3"], ["--setps", "--steps"]),
+    "missing dataset": ([*READY, "{tmp}/nowhere"], ["error: {tmp}/nowhere is no dataset: it has no manifest.json"]),
+    "empty dataset": ([*READY, "{tmp}/empty"], ["error: {tmp}/empty holds no samples", "'picture': 3"]),
+    "other tokenizer": ([*READY, "{tmp}/other"], ["error: {tmp}/other was ingested with another tokenizer"]),
+    "missing tokenizer": (
+        [*PRETRAIN, "--data.dataset", "{tmp}/other", "--tokenizer", "{tmp}/nowhere"],
+        ["error: --tokenizer {tmp}/nowhere holds no qwen.tiktoken"],
+    ),
+    "export of a missing run": (
+        ["jobs/export.py", "--run", "{tmp}/nowhere", "--to", "{tmp}/artifact"],
+        ["error: {tmp}/nowhere has no committed checkpoint"],
+    ),
+    "demo over other files": (
+        ["jobs/demo.py", "--out", "{tmp}/other"],
+        ["error: --out {tmp}/other exists and is not an earlier demo's folder"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("bad")
+    for name, shards in (("empty", []), ("other", [SHARD])):
+        (folder / name).mkdir()
+        (folder / name / "manifest.json").write_text(json.dumps(EMPTY | {"shards": shards}))
+    return {"tmp": str(folder), "tokenizer": str(tokenizer)}
+
+
+@pytest.fixture(scope="module")
+def answers(alone: Shell, places: dict[str, str]) -> Iterator[dict[str, tuple[int, str]]]:
+    """Exit code and output of each line; two at a time, since most of their time is Python's imports."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting = {
+            name: pool.submit(alone.run, *[word.format_map(places) for word in words])
+            for name, (words, _) in LINES.items()
+        }
+        yield {name: one.result() for name, one in waiting.items()}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_bad_line_is_answered(answers: dict[str, tuple[int, str]], places: dict[str, str], name: str) -> None:
+    code, output = answers[name]
+    assert code == 2, output
+    for words in LINES[name][1]:
+        assert words.format_map(places) in output
+    assert "Traceback" not in output
+    assert len(output.splitlines()) < 12
+
+
+def test_no_ray_was_started_and_nothing_written(answers: object, alone: Shell, places: dict[str, str]) -> None:
+    assert list(alone.ray_folder.iterdir()) == []
+    assert alone.processes() == []
+    found = sorted(str(path.relative_to(places["tmp"])) for path in Path(places["tmp"]).rglob("*"))
+    assert found == ["empty", "empty/manifest.json", "other", "other/manifest.json"]
