@@ -1,6 +1,5 @@
 """Errors of the model room. Each is a ValueError that names what was given, what is allowed and the way out."""
 
-
 from mqwen.errors import UserError
 
 
