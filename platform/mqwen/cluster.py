@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ def cluster(cpus: int, show_workers: bool = True) -> Iterator[str]:
     A cluster of our own is small (a laptop, the demo): workers may be more than its cores, and then share them.
     `show_workers` prints what workers print. Yields the cluster's address.
     """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if "RAY_ADDRESS" in os.environ:
         ray.init(logging_level=logging.WARNING, log_to_driver=show_workers)
     else:
@@ -41,6 +43,7 @@ def cluster(cpus: int, show_workers: bool = True) -> Iterator[str]:
             logging_level=logging.WARNING,
             log_to_driver=show_workers,
         )
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which prints a stack and exits with 15
     try:
         yield ray.get_runtime_context().gcs_address
     finally:

@@ -1,0 +1,144 @@
+"""Ingest, train, export as a user runs them, on one cluster: the same losses for a seed, also through faults."""
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from mqwen.data.manifest import read_manifest
+from mqwen.model import MQWenLMHeadModel, MQWenProcessor
+from mqwen.storage import locate
+from mqwen.train.report import read_metrics
+from tests.end_to_end.commands import SMALL, Shell, read_until, shell
+
+PICTURES = 300
+STEPS = 60
+EVERY = 5  # steps between checkpoints
+HELD = """
+import sys
+from mqwen.cluster import cluster
+with cluster(cpus=10, show_workers=False) as address:
+    print("address", address, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Shell]:
+    """A shell whose commands all work on one cluster, which asks for a token."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with shell() as found:
+        found.variables = token
+        with found.start("-c", HELD, stdin=subprocess.PIPE) as process:
+            address = read_until(process, "^address ").split()[-1]
+            yield replace(found, variables=token | {"RAY_ADDRESS": address})
+            process.communicate(timeout=60)
+
+
+@dataclass
+class Place:
+    shell: Shell
+    tokenizer: Path
+    dataset: Path
+    runs: Path
+
+    def command(self, name: str, *more: object) -> list[object]:
+        places = ["--tokenizer", self.tokenizer, "--data.dataset", self.dataset, "--runs", self.runs, "--name", name]
+        sizes = ["--parallel.workers", 2, "--steps", STEPS, "--checkpoint.every", EVERY, "--log-every", 1]
+        return ["jobs/pretrain.py", *SMALL, *places, *sizes, *more]
+
+
+@pytest.fixture(scope="module")
+def place(cluster: Shell, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("commands")
+    words = ["--tokenizer", tokenizer, "--dataset", folder / "data", "--pictures", PICTURES]
+    output = cluster.done("jobs/ingest.py", "digits", *words, "--settings.shard-samples", 100)
+    assert f"{folder / 'data'}: {PICTURES} samples" in output.splitlines()[-1]
+    assert read_manifest(locate(folder / "data")).samples == PICTURES
+    return Place(cluster, tokenizer, folder / "data", folder / "runs")
+
+
+def losses(output: str) -> dict[int, str]:
+    """The loss of each step, as printed; a step printed twice must have the same one."""
+    found: dict[int, str] = {}
+    for step, loss in re.findall(rf"step (\d+)/{STEPS} +loss (\S+)", output):
+        assert found.setdefault(int(step), loss) == loss
+    return found
+
+
+@pytest.fixture(scope="module")
+def printed(place: Place) -> dict[str, str]:
+    """What two undisturbed runs of unlike seeds print."""
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(place.shell.done, *place.command("first"))
+        other = pool.submit(place.shell.done, *place.command("other", "--seed", 1, "--log-every", STEPS))
+        return {"first": first.result(), "other": other.result()}
+
+
+def test_a_run_prints_each_step_and_learns(printed: dict[str, str], place: Place) -> None:
+    found = losses(printed["first"])
+    assert list(found) == list(range(1, STEPS + 1))
+    assert float(found[STEPS]) < 0.8 * float(found[1])
+    records = read_metrics(locate(place.runs / "first"))
+    assert [f"{record['loss']:.6f}" for record in records] == list(found.values())
+    assert f"run {place.runs}/first: {STEPS} steps in " in printed["first"].splitlines()[-1]
+    assert (place.runs / "first" / "loss.png").stat().st_size > 1000
+
+
+def test_another_seed_prints_other_losses(printed: dict[str, str]) -> None:
+    first, other = losses(printed["first"]), losses(printed["other"])
+    assert other.keys() == {1, STEPS}
+    assert all(first[step] != other[step] for step in other)
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(printed: dict[str, str], place: Place) -> None:
+    """SIGKILL of the whole job, then of one of the two workers that go on in its place."""
+    expected = losses(printed["first"])
+    with place.shell.start(*place.command("killed")) as process:
+        before = read_until(process, rf"step {2 * EVERY}: checkpoint")
+        os.killpg(process.pid, signal.SIGKILL)
+    assert set(range(1, 2 * EVERY + 1)) <= losses(before).keys() < expected.keys()
+    assert losses(before).items() <= expected.items()
+
+    with place.shell.start(*place.command("killed")) as process:
+        again = read_until(process, r"step \d+/")
+        resumed = re.search(r"resumed from \S+step-(\d+)", again)
+        assert resumed is not None, again
+        start = int(resumed[1])
+        assert start >= 2 * EVERY
+        assert start % EVERY == 0
+        workers = [one for one in place.shell.processes() if "TrainWorker" in " ".join(one.cmdline())]
+        assert len(workers) == 2
+        workers[-1].kill()
+        assert process.stdout is not None
+        again += process.stdout.read()
+        assert process.wait(60) == 0, again
+    assert again.count("resumed from") == 2
+    assert losses(again) == {step: loss for step, loss in expected.items() if step > start}
+    records = read_metrics(locate(place.runs / "killed"))
+    assert [f"{record['loss']:.6f}" for record in records] == list(expected.values())
+
+
+def test_a_name_in_use_with_other_settings_is_refused(printed: dict[str, str], place: Place) -> None:
+    code, output = place.shell.run(*place.command("first", "--seed", 3))
+    assert code == 2
+    assert f"error: run {place.runs}/first exists with other settings (seed); give another --name" in output
+    assert "Traceback" not in output
+
+
+def test_an_export_is_an_artifact(printed: dict[str, str], place: Place, tmp_path: Path) -> None:
+    output = place.shell.done("jobs/export.py", "--run", place.runs / "first", "--to", tmp_path / "artifact")
+    assert output.splitlines()[-1] == f"{tmp_path}/artifact: the weights of step {STEPS}"
+    names = {path.name for path in (tmp_path / "artifact").iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken"}
+    model = MQWenLMHeadModel.from_pretrained(tmp_path / "artifact")
+    processor = MQWenProcessor.from_pretrained(tmp_path / "artifact")
+    assert model.config.vision_config.image_size == processor.image_size == 48
+    assert model.config.vocab_size >= processor.tokenizer.vocab_size
