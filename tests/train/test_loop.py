@@ -27,8 +27,8 @@ def concatenated(rows: list[Batch]) -> dict[str, torch.Tensor]:
     return together
 
 
-def plain_losses(settings: RunSettings, rows: list[Batch]) -> list[float]:
-    """One process, no sharding, torch's AdamW, one forward pass a step with all its logits."""
+def plain_loop(settings: RunSettings, rows: list[Batch]) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms: one process, no sharding, torch's AdamW, one forward pass a step, with all logits."""
     model, options = fresh_model(settings), settings.optimizer
     groups: list[dict] = []
     for name, parameter in model.named_parameters():
@@ -36,17 +36,17 @@ def plain_losses(settings: RunSettings, rows: list[Batch]) -> list[float]:
         decay = options.weight_decay if parameter.ndim > 1 else 0.0
         groups.append({"params": [parameter], "full": rate, "weight_decay": decay})
     optimizer = torch.optim.AdamW(groups, betas=options.betas)
-    losses = []
+    losses, norms = [], []
     for factor, start in zip(FACTORS, range(0, len(rows), 5), strict=True):
         loss = model(**concatenated(rows[start : start + 5])).loss
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = group["full"] * factor
-        nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), options.clip).item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+    return losses, norms
 
 
 def run_rank(
@@ -61,11 +61,12 @@ def run_rank(
 def test_any_number_of_workers_computes_the_plain_loop(ranks: Ranks, settings: RunSettings, workers: int) -> None:
     rows = list(itertools.islice(rows_from(settings, Progress()), ROWS))
     assert {row.images for row in rows} > {0}
-    expected = plain_losses(settings, rows)
+    expected, norms = plain_loop(settings, rows)
     assert max(expected) > 1.2 * min(expected)  # it learns, so that a step left out would show
 
     for records, saved, last in ranks.run(workers, run_rank, settings, ROWS):
         assert [record.loss for record in records] == pytest.approx(expected, rel=1e-4)
+        assert [record.gradient_norm for record in records] == pytest.approx(norms, rel=1e-3)
         assert [record.step for record in records] == [1, 2, 3, 4, 5]
         assert [record.learning_rate for record in records] == pytest.approx([1e-2 * factor for factor in FACTORS])
         for step, record in enumerate(records):
