@@ -47,7 +47,7 @@ class Shell:
     def run(self, *words: object) -> tuple[int, str]:
         """Exit code and output."""
         with self.start(*words) as process:
-            output, _ = process.communicate(timeout=200)
+            output, _ = process.communicate(timeout=500)
         return process.returncode, output
 
     def done(self, *words: object) -> str:
