@@ -57,7 +57,7 @@ def main() -> None:
         stages.job("export", "export.py", run=runs / "demo", to=artifact)
         with ExitStack() as serving:
             with stages.stage("serve"):
-                server = serving.enter_context(served(stages, artifact, demo.out / "serve.log"))
+                server = serving.enter_context(served(stages, artifact.absolute(), demo.out))
             with stages.stage("ask") as figure:
                 quiz = ask(server, make_quiz(demo.asked, demo.seed), counter("answers"))
                 shuffled = ask(server, shuffle_pictures(quiz, demo.seed), counter("answers with shuffled pictures"))

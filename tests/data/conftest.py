@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,5 +39,10 @@ def cluster() -> Iterator[None]:
         try:
             yield
         finally:
+            # Ray ends the process, without a word, if a thread that reads a dataset calls it after this.
+            for thread in threading.enumerate():
+                if thread.name == "iter_threaded":
+                    thread.join(60)
+                    assert not thread.is_alive()
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)

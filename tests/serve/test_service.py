@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +110,32 @@ def url(service: Service) -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster(service: Service) -> Iterator[None]:
-    """This process as another driver of the service's cluster."""
+def cluster(service: Service) -> Iterator[Executor]:
+    """Another driver of the service's cluster, in a process of its own: Ray's threads may end a process with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         words = [word for process in service.processes() for word in process.cmdline()]
-        address = next(word for word in words if word.startswith("--gcs-address="))
-        ray.init(address=address.partition("=")[2], namespace="serve", log_to_driver=False)
-        yield
-        ray.shutdown()
+        address = next(word for word in words if word.startswith("--gcs-address=")).partition("=")[2]
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=join, initargs=(address,)) as driver:
+            yield driver
+
+
+def join(address: str) -> None:
+    ray.init(address=address, namespace="serve", log_to_driver=False)
+
+
+def stats() -> dict[str, Any]:
+    return serve.get_deployment_handle("ModelReplica", "main").stats.remote().result()
+
+
+def replicas_of_narrow() -> list[str]:
+    names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
+    return [name for name in names if "narrow#ModelReplica" in name]
+
+
+def kill(names: list[str]) -> None:
+    for name in names:
+        ray.kill(ray.get_actor(name, namespace="serve"))
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +293,11 @@ def test_probes_need_no_key_and_requests_have_ids(url: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.usefixtures("cluster")
-def test_a_client_that_leaves_aborts_its_generation(url: str, stream: bool) -> None:
-    handle = serve.get_deployment_handle("ModelReplica", "main")
-    before = handle.stats.remote().result()
+def test_a_client_that_leaves_aborts_its_generation(url: str, cluster: Executor, stream: bool) -> None:
+    async def ask() -> dict[str, Any]:
+        return await asyncio.wrap_future(cluster.submit(stats))
+
+    before = cluster.submit(stats).result()
     body = {"model": "tiny", "messages": asked(1), "stream": stream, "max_tokens": 400, "temperature": 2, "seed": 1}
 
     async def leave() -> None:
@@ -288,12 +307,12 @@ def test_a_client_that_leaves_aborts_its_generation(url: str, stream: bool) -> N
                     await anext(response.aiter_lines())
                 return
             request = asyncio.create_task(client.post("/v1/chat/completions", json=body))
-            await until(lambda: handle.stats.remote(), lambda stats: stats["running"] > 0)
+            await until(ask, lambda stats: stats["running"] > 0)
             request.cancel()
 
     async def main() -> None:
         await leave()
-        await until(lambda: handle.stats.remote(), lambda stats: stats["aborted"] == before["aborted"] + 1)
+        await until(ask, lambda stats: stats["aborted"] == before["aborted"] + 1)
 
     asyncio.run(main())
 
@@ -320,20 +339,10 @@ def test_above_the_queue_is_429_and_below_it_an_answer(url: str) -> None:
             assert response.json()["error"]["code"] == "queue_full"
 
 
-@pytest.mark.usefixtures("cluster")
-def test_a_killed_replica_is_503_and_replaced(url: str) -> None:
+def test_a_killed_replica_is_503_and_replaced(url: str, cluster: Executor) -> None:
     body = {"model": "narrow", "messages": [{"role": "user", "content": "总和"}], "max_tokens": 400, "temperature": 2}
-    names = [
-        name
-        for one in ray.util.list_named_actors(all_namespaces=True)
-        if "narrow#ModelReplica" in (name := one["name"])
-    ]
+    names = cluster.submit(replicas_of_narrow).result()
     assert len(names) == 2
-
-    def kill_both() -> None:
-        for name in names:
-            ray.kill(ray.get_actor(name, namespace="serve"))
-
     lines = []
     with httpx.stream(
         "POST", f"{url}/narrow/v1/chat/completions", json=body | {"stream": True}, timeout=60
@@ -341,7 +350,7 @@ def test_a_killed_replica_is_503_and_replaced(url: str) -> None:
         for line in response.iter_lines():
             lines.append(line)
             if len(lines) == 1:
-                kill_both()
+                cluster.submit(kill, names).result()
     assert lines[-2] == "data: [DONE]"
     error = json.loads(lines[-4].removeprefix("data: "))["error"]
     assert error["code"] == "replica_gone"
@@ -355,9 +364,9 @@ def test_a_killed_replica_is_503_and_replaced(url: str) -> None:
         assert client.post("/v1/chat/completions", json=body | {"max_tokens": 2}).status_code == 200
 
 
-def test_ctrl_c_ends_everything_that_was_started(service: Service) -> None:
+def test_ctrl_c_ends_everything_that_was_started(service: Service, cluster: Executor) -> None:
     """The last test of this file: afterwards there is no service."""
-    ray.shutdown()  # where this process has joined the cluster, it leaves it first
+    cluster.shutdown()  # a guest, which is not the service's
     started = service.processes()
     assert len(started) > 8
     service.process.send_signal(signal.SIGINT)

@@ -9,6 +9,8 @@ is pinned and a digest test holds it.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.train
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
@@ -30,6 +34,26 @@ from mqwen.storage import Location
 logger = logging.getLogger(__name__)
 
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
+WINDOWS_AHEAD = 2  # for each CPU of the cluster: one that is being read, and one that is read while it waits its turn
+LEAST_AHEAD = 64 << 20  # bytes
+LONGEST_PAUSE = 0.05  # seconds
+
+
+class Pace(ExecutionCallback):
+    """Ray Data's scheduler looks again at once while readers wait for room; on a small machine that costs a core.
+
+    Here it waits, the longer the longer nothing was read: up to LONGEST_PAUSE seconds.
+    """
+
+    def __init__(self) -> None:
+        self._done, self._pause = 0, 0.0
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        metrics = [operator.metrics for operator in executor._topology]
+        done = sum(metric.num_tasks_submitted + metric.num_task_outputs_generated for metric in metrics)
+        self._pause = min(LONGEST_PAUSE, 1.5 * self._pause + 0.0005) if done == self._done else 0.0
+        self._done = done
+        time.sleep(self._pause)
 
 
 class OrderedSplit(ray.train.DataConfig):
@@ -63,6 +87,10 @@ class Stream:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.memory_usage_poll_interval_s = None  # measuring a reader's memory each second costs more than reading
+        # Without a limit readers fill the object store with rows for which the run has no use for hours.
+        ahead = max(LEAST_AHEAD, WINDOWS_AHEAD * int(ray.cluster_resources()["CPU"]) * self._window_bytes())
+        context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
+        context.custom_execution_callback_classes = [Pace]
         with ray.data.DataContext.current(context):
             # As many windows as rows suffice: each has one at least, but the first, of which none may be left.
             # One list of them at a time, on no CPU, as it waits for the readers. That also keeps Ray from fusing the
@@ -71,6 +99,16 @@ class Stream:
             return windows.map_batches(
                 WindowReader(self.dataset, self.order, self.processor, position), batch_size=1, batch_format="pyarrow"
             )
+
+    def _window_bytes(self) -> int:
+        """About what a window's rows take: their pictures, and four 8-byte numbers a position of every pack."""
+        manifest, settings = self.order.manifest, self.order.settings
+        images = sum(shard.images for shard in manifest.shards) / manifest.samples
+        positions = (
+            sum(shard.tokens for shard in manifest.shards) / manifest.samples + images * settings.image_positions
+        )
+        samples = min(settings.run_samples * settings.window_runs, manifest.samples)
+        return math.ceil(samples * (images * 3 * self.processor.image_size**2 + positions * 32))
 
     def blank(self) -> Batch:
         """A row without samples: what a rank runs when others have one row more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import socket
 import subprocess
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from ray import serve
 
 from mqwen.demo.stages import StageError, Stages
 
@@ -30,13 +30,19 @@ class Server:
 
 
 @contextmanager
-def served(stages: Stages, artifact: Path, log: Path) -> Iterator[Server]:
-    """A server of `artifact`, ready for requests during the block. Raises StageError where it does not get ready."""
+def served(stages: Stages, artifact: Path, folder: Path) -> Iterator[Server]:
+    """A server of `artifact`, ready for requests during the block. Raises StageError where it does not get ready.
+
+    Its options and its log are serve.yaml and serve.log in `folder`.
+    """
     port, key = _free_port(), secrets.token_urlsafe(32)
     stages.environment["MQWEN_API_KEYS"] = hashlib.sha256(key.encode()).hexdigest()
-    serve.start(http_options={"host": HOST, "port": port})
-    serve_command = str(Path(sys.executable).parent / "serve")
-    command = [serve_command, "run", "serve.app:build", f"checkpoint={artifact}", "name=demo", "max_replicas=2"]
+    arguments = {"checkpoint": str(artifact), "name": "demo", "max_replicas": 2}
+    application = {"name": "demo", "import_path": "serve.app:build", "route_prefix": "/", "args": arguments}
+    config = {"http_options": {"host": HOST, "port": port}, "applications": [application]}
+    (folder / "serve.yaml").write_text(json.dumps(config, indent=1))  # JSON is YAML
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve.yaml")]
+    log = folder / "serve.log"
     server = Server(f"http://{HOST}:{port}", key, "demo")
     with log.open("w") as output, stages.running(command, output) as process:
         try:
