@@ -36,9 +36,10 @@ def served(stages: Stages, artifact: Path, folder: Path) -> Iterator[Server]:
     Its options and its log are serve.yaml and serve.log in `folder`.
     """
     port, key = _free_port(), secrets.token_urlsafe(32)
-    stages.environment["MQWEN_API_KEYS"] = hashlib.sha256(key.encode()).hexdigest()
+    keys = {"MQWEN_API_KEYS": hashlib.sha256(key.encode()).hexdigest()}
     arguments = {"checkpoint": str(artifact), "name": "demo", "max_replicas": 2}
     application = {"name": "demo", "import_path": "serve.app:build", "route_prefix": "/", "args": arguments}
+    application["runtime_env"] = {"env_vars": keys}
     config = {"http_options": {"host": HOST, "port": port}, "applications": [application]}
     (folder / "serve.yaml").write_text(json.dumps(config, indent=1))  # JSON is YAML
     command = [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve.yaml")]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -116,7 +117,8 @@ def load(checkpoint: Location, state: dict[str, Any]) -> Commit:
     for name, entry in commit.files.items():
         if (checkpoint / name).sha256() != entry["sha256"]:
             raise CheckpointError(f"{checkpoint / name} is damaged: its SHA-256 is not the one that was written")
-    with _local(checkpoint, commit) as local:
+    with _local(checkpoint, commit) as local, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in export, as it should be
         dcp.load(state, storage_reader=dcp.FileSystemReader(local), no_dist=not dist.is_initialized())
     return commit
 

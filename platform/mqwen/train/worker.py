@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -39,6 +40,7 @@ def work(config: dict[str, Task]) -> None:
     task = config["task"]
     settings, rank = task.settings, ray.train.get_context().get_world_rank()
     torch.set_num_threads(settings.parallel.cpus_per_worker)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would report each rank's share of each checkpoint
     device = ray.train.torch.get_device()
 
     model = build_model(settings, task.config).to(device)
