@@ -118,7 +118,11 @@ ADAPTERS: list[tuple[type[MQWenError], str, dict[str, Any]]] = [
     (AdapterError, "neither adapter_model.safetensors nor", {"remove": ["adapter_model.safetensors"]}),
     (CheckpointError, "no adapter_config.json", {"remove": ["adapter_config.json"]}),
     (CheckpointError, "truncated", {"write": {"adapter_model.safetensors": b"1234567890"}}),
-    (AdapterError, "other_params.bin cannot be read", {"write": {"other_params.bin": b"cos\nsystem\n(S'true'\ntR."}}),
+    (
+        CheckpointError,
+        "other_params.bin cannot be read",
+        {"write": {"other_params.bin": b"cos\nsystem\n(S'x'\ntR."}},
+    ),
 ]
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from mqwen.model.components import Folder, read_json, read_safetensors
+from mqwen.model.components import Folder, read_json, read_pickle, read_safetensors
 from mqwen.model.errors import AdapterError
 
 PREFIX = "base_model.model."
@@ -31,7 +28,7 @@ def attach_adapter(model: nn.Module, folder: Folder, *, trainable: bool = False)
 
     Raises:
         AdapterError: no LoRA adapter, a file that is missing or unreadable, or one made for other modules or shapes.
-        CheckpointError: a truncated safetensors or JSON file.
+        CheckpointError: a file that is truncated, or a pickle of more than tensors.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -86,13 +83,7 @@ def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor] | None:
         return dict(read_safetensors(safe))
     if not unsafe.exists():
         return None
-    try:
-        content: Any = torch.load(unsafe, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise AdapterError(f"{unsafe} cannot be read as tensors only: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise AdapterError(f"{unsafe} holds no dictionary of tensors")
-    return content
+    return read_pickle(unsafe)
 
 
 def _check(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -1,12 +1,18 @@
-"""Reading and writing folders: published Qwen and CLIP checkpoints in, our artifact in and out. Safetensors only."""
+"""Reading folders of weights: published Qwen v1 and CLIP checkpoints, and the files of our own artifact.
+
+Safetensors, unless the caller asks for pickles too: those are read by torch's weights-only loading, which runs no code
+of theirs.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +25,7 @@ Folder = str | os.PathLike[str]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,35 +45,65 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or the shards that its index names.
+def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
+    """The weight files of a folder: one, or the shards that its index names. Safetensors come before pickles.
 
     Raises:
         CheckpointError: a file is missing, or the folder holds other formats only.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder")
-    if (folder / INDEX).exists():
-        shards = read_json(folder / INDEX).get("weight_map")
+    safe = (folder / INDEX).exists() or (folder / WEIGHTS).exists()
+    whole, index = (PICKLED, PICKLED_INDEX) if pickled and not safe else (WEIGHTS, INDEX)
+    if (folder / index).exists():
+        shards = read_json(folder / index).get("weight_map")
         if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
-            raise CheckpointError(f"{folder / INDEX} has no weight_map of file names in this folder")
+            raise CheckpointError(f"{folder / index} has no weight_map of file names in this folder")
         files = [folder / name for name in sorted(set(shards.values()))]
     else:
-        files = [folder / WEIGHTS]
+        files = [folder / whole]
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{folder} has no {file.name}; weights are read from safetensors only")
+            hint = "; pickled=True also reads pytorch_model*.bin" if next(folder.glob("*.bin"), None) else ""
+            raise CheckpointError(f"{folder} has no {file.name}{'' if pickled else hint}")
     return files
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_weights(folder: Path, *, pickled: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a folder, one at a time.
 
     Raises:
         CheckpointError: a file is missing or truncated.
     """
-    for file in weight_files(folder):
+    for file in weight_files(folder, pickled=pickled):
+        yield from read_tensors(file, pickled=pickled)
+
+
+def read_tensors(file: Path, *, pickled: bool) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of one file: safetensors, or where it is called *.bin and `pickled` allows it a pickle.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or of another kind.
+    """
+    if pickled and file.suffix == ".bin":
+        yield from read_pickle(file).items()
+    else:
         yield from read_safetensors(file)
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors that torch.save wrote, read without running code.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or holds anything but tensors by name.
+    """
+    try:
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as tensors only: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} holds no dictionary of tensors")
+    return content
 
 
 def read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -105,16 +142,18 @@ def components_config(qwen: Folder, clip: Folder, image_token_id: int | None) ->
     return MQWenConfig(**fields, vision_config=vision)
 
 
-def component_weights(qwen: Folder, clip: Folder, projector: Folder | None) -> Iterator[tuple[str, Tensor]]:
+def component_weights(
+    qwen: Folder, clip: Folder, projector: Folder | None, *, pickled: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The published folders' tensors under this model's names; those of CLIP's text side are left out."""
-    for name, tensor in read_weights(Path(qwen)):
+    for name, tensor in read_weights(Path(qwen), pickled=pickled):
         if not name.endswith("rotary_emb.inv_freq"):  # old exports hold this buffer; it is computed here
             yield name, tensor
-    for name, tensor in read_weights(Path(clip)):
+    for name, tensor in read_weights(Path(clip), pickled=pickled):
         if name.startswith("vision_model.") and not name.endswith("position_ids"):
             yield f"visual.{name}", tensor
     if projector is not None:
-        for name, tensor in read_safetensors(Path(projector)):
+        for name, tensor in read_tensors(Path(projector), pickled=pickled):
             yield f"feature_proj.{name}", tensor
 
 

@@ -204,6 +204,7 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
         adapter: Folder | None = None,
         image_token_id: int | None = None,
         dtype: torch.dtype = torch.float32,
+        pickled: bool = False,
     ) -> MQWenLMHeadModel:
         """Build the model from published parts.
 
@@ -211,9 +212,11 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
             qwen: folder of a Qwen v1 checkpoint (config.json, safetensors).
             clip: folder of a CLIP checkpoint; its vision tower is taken, and its pixel statistics.
             projector: safetensors file with 0.weight, 0.bias, 2.weight, 2.bias; None: freshly initialised.
-            adapter: folder of a LoRA adapter to merge into the weights, see `adapters.read_adapter`.
+            adapter: folder of a LoRA adapter to merge into the weights, see `adapters.attach_adapter`.
             image_token_id: the placeholder; None: <|extra_0|> of Qwen's vocabulary, 151646.
             dtype: of all parameters.
+            pickled: also read pytorch_model*.bin of a folder without safetensors, and a projector called *.bin, by
+                weights-only loading, which runs no code of theirs.
 
         Returns:
             The model, in eval mode, on the CPU.
@@ -228,7 +231,8 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
             model = cls(config).to(dtype)
         if projector is None:
             model.feature_proj.apply(model._init_weights)
-        load_components(model, component_weights(qwen, clip, projector), projector=projector is not None)
+        weights = component_weights(qwen, clip, projector, pickled=pickled)
+        load_components(model, weights, projector=projector is not None)
         if adapter is not None:
             from mqwen.model.adapters import merge_adapter  # brings peft, whose import all others need not wait for
 
