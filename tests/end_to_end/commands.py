@@ -31,18 +31,21 @@ class Shell:
 
     def start(self, *words: object, **options: object) -> subprocess.Popen[str]:
         """`python WORDS`, in a session of its own, both outputs in one pipe."""
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        own = {MARK: self.mark, "RAY_TMPDIR": str(self.ray_folder), "RAY_USAGE_STATS_ENABLED": "0", "COLUMNS": "200"}
         return subprocess.Popen(
             [sys.executable, *map(str, words)],
             cwd=ROOT,
-            env=inherited | own | self.variables,
+            env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
             **options,  # type: ignore[call-overload]
         )
+
+    def environment(self) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        own = {MARK: self.mark, "RAY_TMPDIR": str(self.ray_folder), "RAY_USAGE_STATS_ENABLED": "0", "COLUMNS": "200"}
+        return inherited | own | self.variables
 
     def run(self, *words: object) -> tuple[int, str]:
         """Exit code and output."""

@@ -1,67 +1,82 @@
-"""Ingest, train, export as a user runs them, on one cluster: the same losses for a seed, also through faults."""
+"""The whole way on two nodes with a token, data and runs in object storage: submit, faults, export, serve."""
 
+import base64
+import io
+import json
 import os
 import re
 import secrets
 import signal
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import openai
 import pytest
+import ray
+from PIL import Image
 
 from mqwen.data.manifest import read_manifest
-from mqwen.model import MQWenLMHeadModel, MQWenProcessor
+from mqwen.demo.serving import served
+from mqwen.demo.stages import Stages
 from mqwen.storage import locate
+from mqwen.train.checkpoint import committed
+from mqwen.train.provenance import last_start
 from mqwen.train.report import read_metrics
-from tests.end_to_end.commands import SMALL, Shell, read_until, shell
+from tests.end_to_end.commands import ROOT, SMALL, read_until
+from tests.end_to_end.nodes import Cluster, cluster
 
 PICTURES = 300
-STEPS = 60
+STEPS = 40
 EVERY = 5  # steps between checkpoints
-HELD = """
-import sys
-from mqwen.cluster import cluster
-with cluster(cpus=4, show_workers=False) as address:
-    print("address", address, flush=True)
-    sys.stdin.read()
-"""
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
+QUESTION = "Which colour is it?"
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Shell]:
-    """A shell whose commands all work on one cluster, which asks for a token."""
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with shell() as found:
-        found.variables = token
-        with found.start("-c", HELD, stdin=subprocess.PIPE) as process:
-            address = read_until(process, "^address ").split()[-1]
-            yield replace(found, variables=token | {"RAY_ADDRESS": address})
-            process.communicate(timeout=60)
+def nodes() -> Iterator[Cluster]:
+    with cluster() as found:
+        yield found
+
+
+def draw(folder: Path, count: int) -> Path:
+    """LLaVA's conversations about pictures of one colour each."""
+    records = []
+    (folder / "pictures").mkdir()
+    for number in range(count):
+        name = list(COLOURS)[number % 3]
+        shade = tuple(channel + number % 7 for channel in COLOURS[name])
+        Image.new("RGB", (48, 48), shade).save(folder / "pictures" / f"{number}.png")
+        turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": name}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (folder / "conversations.json").write_text(json.dumps(records))
+    return folder
 
 
 @dataclass
 class Place:
-    shell: Shell
+    cluster: Cluster
     tokenizer: Path
-    dataset: Path
-    runs: Path
+    dataset: str
+    runs: str
 
-    def command(self, name: str, *more: object) -> list[object]:
-        places = ["--tokenizer", self.tokenizer, "--data.dataset", self.dataset, "--runs", self.runs, "--name", name]
+    def options(self, name: str, *more: object) -> list[str]:
+        places = ["--data.dataset", self.dataset, "--runs", self.runs, "--name", name, "--tokenizer", self.tokenizer]
         sizes = ["--parallel.workers", 2, "--steps", STEPS, "--checkpoint.every", EVERY, "--log-every", 1]
-        return ["jobs/pretrain.py", *SMALL, *places, *sizes, *more]
+        return ["jobs/pretrain.py", *SMALL, *map(str, [*places, *sizes, *more])]
 
 
 @pytest.fixture(scope="module")
-def place(cluster: Shell, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("commands")
-    words = ["--tokenizer", tokenizer, "--dataset", folder / "data", "--pictures", PICTURES]
-    output = cluster.done("jobs/ingest.py", "digits", *words, "--settings.shard-samples", 100)
-    assert f"{folder / 'data'}: {PICTURES} samples" in output.splitlines()[-1]
-    assert read_manifest(locate(folder / "data")).samples == PICTURES
-    return Place(cluster, tokenizer, folder / "data", folder / "runs")
+def place(nodes: Cluster, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = draw(tmp_path_factory.mktemp("cluster"), PICTURES)
+    dataset = f"{nodes.bucket}/data"
+    words = ["--conversations", folder / "conversations.json", "--pictures", folder / "pictures"]
+    words += ["--dataset", dataset, "--tokenizer", tokenizer, "--settings.shard-samples", 100]
+    output = nodes.shell.done("jobs/ingest.py", "llava", *words)
+    assert f"{dataset}: {PICTURES} samples" in output.splitlines()[-1]
+    assert read_manifest(locate(dataset)).samples == PICTURES
+    return Place(nodes, tokenizer, dataset, f"{nodes.bucket}/runs")
 
 
 def losses(output: str) -> dict[int, str]:
@@ -73,48 +88,61 @@ def losses(output: str) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def printed(place: Place) -> dict[str, str]:
-    """What two undisturbed runs of unlike seeds print."""
-    shorter = ["--seed", 1, "--steps", 1, "--parallel.workers", 1]
-    return {
-        "first": place.shell.done(*place.command("first")),
-        "other": place.shell.done(*place.command("other", *shorter)),
-    }
+def submitted(place: Place) -> str:
+    """What `ray job submit` prints of an undisturbed run."""
+    job = place.cluster.submit("python", *place.options("first"))
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "succeeded" in job.stdout
+    return job.stdout
 
 
-def test_a_run_prints_each_step_and_learns(printed: dict[str, str], place: Place) -> None:
-    found = losses(printed["first"])
+def test_a_submitted_run_prints_each_step_and_learns(submitted: str, place: Place) -> None:
+    found = losses(submitted)
     assert list(found) == list(range(1, STEPS + 1))
-    assert float(found[STEPS]) < 0.8 * float(found[1])
-    records = read_metrics(locate(place.runs / "first"))
+    assert float(found[STEPS]) < 0.5 * float(found[1])
+    run = locate(place.runs) / "first"
+    records = read_metrics(run)
     assert [f"{record['loss']:.6f}" for record in records] == list(found.values())
-    assert f"run {place.runs}/first: {STEPS} steps in " in printed["first"].splitlines()[-1]
-    assert (place.runs / "first" / "loss.png").stat().st_size > 1000
+    assert f"run {run}: {STEPS} steps in " in submitted
+    assert ((run / "loss.png").size() or 0) > 1000
+    assert [one.name for one in committed(run)] == [f"step-{step:08d}" for step in (STEPS - 10, STEPS - 5, STEPS)]
+    start = last_start(run)
+    assert start is not None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert (start.commit or "").removesuffix("-dirty") == commit
+    assert start.packages["ray"] == ray.__version__
 
 
-def test_another_seed_prints_other_losses(printed: dict[str, str]) -> None:
-    other = re.search(r"step 1/1 +loss (\S+)", printed["other"])
+def test_without_the_token_nothing_is_taken(nodes: Cluster) -> None:
+    job = nodes.submit("python", "jobs/pretrain.py", "--recipe", "demo", token=secrets.token_hex(32))
+    assert job.returncode != 0
+    assert "401" in job.stdout + job.stderr or "403" in job.stdout + job.stderr
+
+
+def test_another_seed_prints_other_losses(submitted: str, place: Place) -> None:
+    shorter = ["--seed", 1, "--steps", 1, "--parallel.workers", 1]
+    other = re.search(r"step 1/1 +loss (\S+)", place.cluster.shell.done(*place.options("other", *shorter)))
     assert other is not None
-    assert other[1] != losses(printed["first"])[1]
+    assert other[1] != losses(submitted)[1]
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(printed: dict[str, str], place: Place) -> None:
+def test_a_killed_run_goes_on_with_the_same_losses(submitted: str, place: Place) -> None:
     """SIGKILL of the whole job, then of one of the two workers that go on in its place."""
-    expected = losses(printed["first"])
-    with place.shell.start(*place.command("killed")) as process:
+    expected, shell = losses(submitted), place.cluster.shell
+    with shell.start(*place.options("killed")) as process:
         before = read_until(process, rf"step {2 * EVERY}: checkpoint")
         os.killpg(process.pid, signal.SIGKILL)
     assert set(range(1, 2 * EVERY + 1)) <= losses(before).keys() < expected.keys()
     assert losses(before).items() <= expected.items()
 
-    with place.shell.start(*place.command("killed")) as process:
+    with shell.start(*place.options("killed")) as process:
         again = read_until(process, r"step \d+/")
         resumed = re.search(r"resumed from \S+step-(\d+)", again)
         assert resumed is not None, again
         start = int(resumed[1])
         assert start >= 2 * EVERY
         assert start % EVERY == 0
-        workers = [one for one in place.shell.processes() if "TrainWorker" in " ".join(one.cmdline())]
+        workers = [one for one in shell.processes() if "TrainWorker" in " ".join(one.cmdline())]
         assert len(workers) == 2
         workers[-1].kill()
         assert process.stdout is not None
@@ -122,23 +150,48 @@ def test_a_killed_run_goes_on_with_the_same_losses(printed: dict[str, str], plac
         assert process.wait(60) == 0, again
     assert again.count("resumed from") == 2
     assert losses(again) == {step: loss for step, loss in expected.items() if step > start}
-    records = read_metrics(locate(place.runs / "killed"))
+    records = read_metrics(locate(place.runs) / "killed")
     assert [f"{record['loss']:.6f}" for record in records] == list(expected.values())
 
 
-def test_a_name_in_use_with_other_settings_is_refused(printed: dict[str, str], place: Place) -> None:
-    code, output = place.shell.run(*place.command("first", "--seed", 3))
+def test_a_name_in_use_with_other_settings_is_refused(submitted: str, place: Place) -> None:
+    code, output = place.cluster.shell.run(*place.options("first", "--seed", 3))
     assert code == 2
     assert f"error: run {place.runs}/first exists with other settings (seed); give another --name" in output
     assert "Traceback" not in output
 
 
-def test_an_export_is_an_artifact(printed: dict[str, str], place: Place, tmp_path: Path) -> None:
-    output = place.shell.done("jobs/export.py", "--run", place.runs / "first", "--to", tmp_path / "artifact")
-    assert output.splitlines()[-1] == f"{tmp_path}/artifact: the weights of step {STEPS}"
-    names = {path.name for path in (tmp_path / "artifact").iterdir()}
-    assert names >= {"config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken"}
-    model = MQWenLMHeadModel.from_pretrained(tmp_path / "artifact")
-    processor = MQWenProcessor.from_pretrained(tmp_path / "artifact")
-    assert model.config.vision_config.image_size == processor.image_size == 48
-    assert model.config.vocab_size >= processor.tokenizer.vocab_size
+def test_no_room_is_said(place: Place) -> None:
+    more = ["--parallel.workers", 2, "--parallel.cpus-per-worker", 64, "--parallel.wait-for-resources", 0]
+    code, output = place.cluster.shell.run(*place.options("large", *more))
+    assert code == 2
+    assert "error: 2 workers with 64 CPU each were asked for; the cluster has " in output
+    assert "Traceback" not in output
+
+
+def test_status_lists_the_runs(submitted: str, place: Place) -> None:
+    words = ["--runs", place.runs, "--address", place.cluster.dashboard]
+    output = place.cluster.shell.done("jobs/status.py", *words)
+    (line,) = [line for line in output.splitlines() if "first" in line]
+    for word in ("finished", f"{STEPS}/{STEPS}", f"{STEPS - 10}, {STEPS - 5}, {STEPS}"):
+        assert word in line
+
+
+def test_the_exported_run_answers_right(submitted: str, place: Place, tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    output = place.cluster.shell.done("jobs/export.py", "--run", f"{place.runs}/first", "--to", artifact)
+    assert output.splitlines()[-1] == f"{artifact}: the weights of step {STEPS}"
+    with served(Stages(ROOT / "jobs", place.cluster.shell.environment()), artifact, tmp_path) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, timeout=30)
+        for name, shade in COLOURS.items():
+            picture = io.BytesIO()
+            Image.new("RGB", (48, 48), shade).save(picture, "PNG")
+            data = base64.b64encode(picture.getvalue()).decode()
+            content = [
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+                {"type": "text", "text": QUESTION},
+            ]
+            reply = client.chat.completions.create(
+                model=server.model, messages=[{"role": "user", "content": content}], temperature=0
+            )
+            assert reply.choices[0].message.content == name

@@ -4,6 +4,7 @@ RUNS/NAME/settings.json     what it computes
 RUNS/NAME/model/            configuration, tokenizer and processor: an artifact without weights
 RUNS/NAME/checkpoints/      see checkpoint.py
 RUNS/NAME/metrics/          one line a step
+RUNS/NAME/starts/           see provenance.py
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, locate
 from mqwen.train import checkpoint
 from mqwen.train.loop import Batch, Progress
+from mqwen.train.provenance import record_start
+from mqwen.train.resources import require
 from mqwen.train.settings import RunSettings, SettingsError
 from mqwen.train.worker import Rows, Task, work
 
@@ -76,7 +79,12 @@ def train_run(
     rows: Rows,
     blank: Batch,
 ) -> ray.train.Result:
-    """Trains until the last step. `dataset` gives the rows from a progress on; `rows` reads one rank's of them."""
+    """Trains until the last step. `dataset` gives the rows from a progress on; `rows` reads one rank's of them.
+
+    Raises ResourcesError before a worker starts where the cluster has no room for all of them.
+    """
+    require(settings.parallel.bundle, settings.parallel.workers, settings.parallel.wait_for_resources)
+    record_start(run)
     gpus = settings.parallel.gpus_per_worker
     # Ray's own list of checkpoints is bound to its version and to checkpoints that are still there. Ours is the
     # committed checkpoints themselves, so every job starts with a list of its own.
@@ -89,7 +97,7 @@ def train_run(
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.parallel.workers,
             use_gpu=bool(gpus),
-            resources_per_worker={"CPU": settings.parallel.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+            resources_per_worker=settings.parallel.bundle,
         ),
         # Called at each start of the worker group: after a failure the stream starts where the checkpoint stands.
         datasets={"train": lambda: dataset(checkpoint.progress(run))},

@@ -59,6 +59,7 @@ class ParallelSettings:
 
     `reshard_after_forward` frees a block's gathered weights between its forward and its backward pass: less memory for
     one more gathering. `max_failures` is how often a run may lose its workers and go on from its last checkpoint.
+    `wait_for_resources` is how many seconds a run waits at its start for others to end or the cluster to grow.
     """
 
     workers: int = 1
@@ -67,6 +68,13 @@ class ParallelSettings:
     gpus_per_worker: int = 0
     reshard_after_forward: bool = True
     max_failures: int = 3
+    wait_for_resources: float = 10.0
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What Ray sets aside for one worker."""
+        sizes = {"CPU": float(self.cpus_per_worker), "GPU": float(self.gpus_per_worker)}
+        return {name: size for name, size in sizes.items() if size}
 
 
 @dataclass(frozen=True)

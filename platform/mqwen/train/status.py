@@ -1,0 +1,63 @@
+"""How the runs under a URI stand: from what they wrote, and from Ray where a cluster can be asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from ray.job_submission import JobDetails
+
+from mqwen.storage import Location
+from mqwen.train import checkpoint
+from mqwen.train.provenance import Start, last_start
+from mqwen.train.report import read_metrics
+from mqwen.train.run import SETTINGS
+
+State = Literal["finished", "running", "failed", "stopped"]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """`step` of `steps` is what the committed checkpoints hold, which lie at the steps `checkpoints`."""
+
+    name: str
+    state: State
+    step: int
+    steps: int
+    loss: float | None
+    checkpoints: list[int]
+    started: Start | None
+
+
+def run_statuses(runs: Location, jobs: list[JobDetails]) -> list[RunStatus]:
+    """Every run under a URI, by name. `jobs` are the cluster's, or none where it is not asked."""
+    names = [name for name in runs.names() if (runs / name / SETTINGS).exists()]
+    return [_status(runs / name, jobs) for name in names]
+
+
+def _status(run: Location, jobs: list[JobDetails]) -> RunStatus:
+    steps = json.loads((run / SETTINGS).read_bytes())["steps"]
+    saved = [checkpoint.read_commit(one).step for one in checkpoint.committed(run)]
+    records, start = read_metrics(run), last_start(run)
+    step = saved[-1] if saved else 0
+    loss = next((record["loss"] for record in records if record["step"] == step), None)
+    state: State = "finished" if step >= steps else _state(start, jobs)
+    return RunStatus(run.name, state, step, steps, loss, saved, start)
+
+
+def _state(start: Start | None, jobs: list[JobDetails]) -> State:
+    """What Ray says of the driver that started the run last. Ids repeat between clusters, so the time must fit too."""
+    for job in jobs:
+        driver = job.driver_info.id if job.driver_info else job.job_id
+        if start and driver == start.job and _covers(job, datetime.fromisoformat(start.time).timestamp()):
+            if job.status in ("RUNNING", "PENDING"):
+                return "running"
+            return "failed" if job.status == "FAILED" else "stopped"
+    return "stopped"
+
+
+def _covers(job: JobDetails, time: float) -> bool:
+    begin, end = (job.start_time or 0) / 1000, (job.end_time or float("inf")) / 1000  # from milliseconds
+    return begin - 1 <= time <= end + 1

@@ -1,0 +1,97 @@
+"""A cluster as operators start it: `ray start --head` with a token, a second node, and object storage beside it."""
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import httpx
+import pytest
+
+from tests.end_to_end.commands import ROOT, Shell, shell
+
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait(ready: Callable[[], bool], seconds: float = 90) -> None:
+    """Until a server that starts is ready."""
+    limit = time.monotonic() + seconds
+    while True:
+        try:
+            if ready():
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+
+
+@dataclass
+class Cluster:
+    """`shell` runs commands on it; `dashboard` takes jobs; `bucket` is an s3:// URI that its commands can reach."""
+
+    shell: Shell
+    dashboard: str
+    bucket: str
+
+    def submit(self, *words: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+        """`ray job submit`, with README's one command; follows the job to its end."""
+        environment = self.shell.environment() | ({"RAY_AUTH_TOKEN": token} if token else {})
+        del environment["RAY_ADDRESS"]  # who submits knows the dashboard alone
+        made = subprocess.run(
+            [sys.executable, "infra/runtime_env.py"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        command = [BIN / "ray", "job", "submit", "--address", self.dashboard, "--runtime-env-json", made.stdout, "--"]
+        return subprocess.run(
+            [*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+        )
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    port, dashboard, storage = free_port(), free_port(), free_port()
+    endpoint = f"http://127.0.0.1:{storage}"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    with shell() as found, pytest.MonkeyPatch.context() as patch:
+        keys["AWS_ENDPOINT_URL"] = endpoint
+        path = {"PATH": f"{BIN}:{os.environ['PATH']}"}  # a submitted job is run with the nodes' `python`
+        found.variables = token | keys | path
+        asking = {"Authorization": f"Bearer {token['RAY_AUTH_TOKEN']}"}
+
+        def start(*words: str) -> None:
+            log = (found.ray_folder / f"{Path(words[0]).name}.log").open("a")
+            own = found.environment()
+            subprocess.Popen(words, cwd=ROOT, env=own, stdout=log, stderr=log, start_new_session=True)
+
+        start(str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", str(storage))
+
+        def start_node(*words: str) -> None:
+            agent = free_port()  # two nodes on one machine must not share the agent's, which jobs are sent to
+            words = (*words, "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--num-cpus=2")
+            start(str(BIN / "ray"), "start", *words, "--disable-usage-stats", "--block")
+            wait(lambda: httpx.get(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", headers=asking).is_success)
+
+        start_node("--head", f"--port={port}", f"--dashboard-port={dashboard}")
+        wait(lambda: httpx.get(endpoint).is_success)
+        for name, value in keys.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        url = f"http://127.0.0.1:{dashboard}"
+        wait(lambda: httpx.get(f"{url}/api/version", headers=asking).is_success)
+        start_node(f"--address=127.0.0.1:{port}")
+        found.variables |= {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+        yield Cluster(found, url, "s3://bucket")
