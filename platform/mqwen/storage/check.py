@@ -14,7 +14,7 @@ from mqwen.storage.s3 import S3, S3Settings
 
 TIMEOUT = 3  # seconds, for the connection and for the answer
 ATTEMPTS = 2
-UNKNOWN_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "403", "Forbidden")
+REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken")
 
 
 def readable(uri: str | Path) -> Location:
@@ -51,8 +51,8 @@ def writable(uri: str | Path) -> Location:
 @contextmanager
 def _answers(location: Location, done: str, settings: S3Settings) -> Iterator[Any]:
     """A client for one request; what it fails with becomes the line that the user reads."""
+    import botocore.exceptions as failures
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, SSLError
     from botocore.session import get_session
 
     server = settings.endpoint or f"AWS S3 in {settings.region}"
@@ -62,20 +62,20 @@ def _answers(location: Location, done: str, settings: S3Settings) -> Iterator[An
         yield get_session().create_client(
             "s3", region_name=settings.region, endpoint_url=settings.endpoint, config=limits
         )
-    except SSLError as error:
+    except failures.SSLError as error:
         raise StorageError(
             f"{location} cannot be {done}: the certificate of {server} is not trusted ({error}); AWS_CA_BUNDLE names a "
             "file of those that are"
         ) from error
-    except HTTPClientError as error:
+    except (failures.ConnectionError, failures.HTTPClientError) as error:
         raise StorageError(
-            f"{location} cannot be {done}: {server} does not answer ({error}); is AWS_ENDPOINT_URL right?"
+            f"{location} cannot be {done}: {server} does not answer; is it up, and AWS_ENDPOINT_URL right?"
         ) from error
-    except ClientError as error:
+    except failures.ClientError as error:
         code, message = (error.response["Error"].get(name, "") for name in ("Code", "Message"))
         if code == "NoSuchBucket":
             way_out = f"{server} has no bucket {bucket!r}; make it, or name another"
-        elif code in UNKNOWN_KEYS:
+        elif code in REFUSED:
             way_out = (
                 f"{server} refuses the keys ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             )
@@ -84,5 +84,7 @@ def _answers(location: Location, done: str, settings: S3Settings) -> Iterator[An
         else:
             way_out = f"{server} answers {code}: {message}"
         raise StorageError(f"{location} cannot be {done}: {way_out}") from error
-    except BotoCoreError as error:
+    except failures.ParamValidationError as error:
+        raise StorageError(f"{location} cannot be {done}: {bucket!r} is no name of a bucket") from error
+    except failures.BotoCoreError as error:
         raise StorageError(f"{location} cannot be {done}: {error}") from error

@@ -53,7 +53,7 @@ class Location:
         """What changes when a file does, without reading it; None where there is no file."""
         try:
             with self._errors_named("read"), self.filesystem.open_input_stream(self.path) as stream:
-                found = (stream.metadata() or {}).get(b"ETag", b"").decode()
+                found = (stream.metadata() or {}).get("ETag", b"").decode()
         except MissingFileError:
             return None
         return found or str(self._info().mtime_ns)
@@ -183,4 +183,4 @@ def locate(uri: str | Path) -> Location:
     if scheme == "file":
         return Location(pafs.LocalFileSystem(), path, text)
     path = path.strip("/")
-    return Location(connect(find_settings(path.split("/")[0])), path, f"s3://{path}")
+    return Location(connect(find_settings()), path, f"s3://{path}")

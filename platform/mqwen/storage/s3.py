@@ -63,10 +63,14 @@ class S3(pafs.S3FileSystem):
 
 @lru_cache
 def connect(settings: S3Settings) -> S3:
+    if settings.endpoint:
+        # Else the SDK sends checksums in a form that many servers other than AWS's do not know, and refuse.
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     return S3(settings)
 
 
-def find_settings(bucket: str) -> S3Settings:
+def find_settings() -> S3Settings:
     """The environment's settings. Raises StorageError where they lack something, or cannot serve a long run."""
     from botocore.credentials import RefreshableCredentials  # a fifth of a second, for those who use S3
     from botocore.exceptions import BotoCoreError
@@ -78,16 +82,15 @@ def find_settings(bucket: str) -> S3Settings:
         region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
         ca_bundle = session.get_config_variable("ca_bundle")
         credentials = session.get_credentials()
-        if credentials is None:
-            raise StorageError(NO_CREDENTIALS)
-        keys = credentials.get_frozen_credentials()
     except BotoCoreError as error:
         raise StorageError(f"the AWS configuration cannot be used: {error}") from error
-    if not region:
-        try:
-            region = "us-east-1" if endpoint else pafs.resolve_s3_region(bucket)
-        except OSError as error:
-            raise StorageError(f"the region of bucket {bucket!r} is unknown; set AWS_REGION ({error})") from error
+    if credentials is None:
+        raise StorageError(NO_CREDENTIALS)
+    if not (region or endpoint):
+        raise StorageError(
+            "no AWS region is set; set AWS_REGION to the bucket's, or AWS_ENDPOINT_URL for another server"
+        )
+    region = region or "us-east-1"  # what other servers call theirs
     if credentials.method == "assume-role":  # of these Arrow's SDK knows no way to get new ones
         raise StorageError(
             "the AWS profile assumes a role, whose keys would end before a run does; give this machine the role, "
@@ -95,6 +98,7 @@ def find_settings(bucket: str) -> S3Settings:
         )
     if isinstance(credentials, RefreshableCredentials):
         return S3Settings(endpoint, region, ca_bundle)
+    keys = credentials.get_frozen_credentials()
     return S3Settings(endpoint, region, ca_bundle, keys.access_key, keys.secret_key, keys.token)
 
 
