@@ -1,5 +1,7 @@
 # Each target makes what it needs; `make demo` on a fresh machine starts with the installation.
 PYTHON ?= python3
+# Where the demo keeps dataset, run and artifact: folder, or s3 for an S3 server of its own.
+STORAGE ?= folder
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -19,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python jobs/demo.py --out out/demo
+	$(BIN)/python jobs/demo.py --out out/demo --storage $(STORAGE)
 
 test: lint .cache/qwen.tiktoken
 	$(BIN)/python -m pytest

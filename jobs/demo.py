@@ -1,6 +1,6 @@
 """The whole way on this machine: draw, ingest, train, export, serve, ask. `make demo` runs it.
 
-python jobs/demo.py --out out/demo
+python jobs/demo.py --out out/demo [--storage s3]
 """
 
 import shutil
@@ -18,6 +18,7 @@ from mqwen.demo.quiz import ask, make_quiz, shuffle_pictures
 from mqwen.demo.report import write_report
 from mqwen.demo.serving import served
 from mqwen.demo.stages import PeakMemory, Stages, counter
+from mqwen.demo.storage import Storage, stored
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
 from mqwen.storage import locate
 from mqwen.train.report import draw_loss, read_metrics
@@ -25,9 +26,13 @@ from mqwen.train.report import draw_loss, read_metrics
 
 @dataclass(frozen=True)
 class Demo:
-    """`pictures` are drawn for training, `asked` held-out ones for each kind of question, once in each language."""
+    """`pictures` are drawn for training, `asked` held-out ones for each kind of question, once in each language.
+
+    `storage` says where dataset, run and artifact lie: in `out`, or in a bucket of a server that ends with the demo.
+    """
 
     out: Path = Path("out/demo")
+    storage: Storage = "folder"
     pictures: int = 12000
     asked: int = 100
     steps: int = 700
@@ -43,8 +48,9 @@ def main() -> None:
     demo.out.mkdir(parents=True)
     marker.touch()
 
-    tokenizer, dataset, runs, artifact = (demo.out / name for name in ("tokenizer", "data", "runs", "artifact"))
-    with PeakMemory() as memory, cluster(cpus=6, show_workers=False) as address:
+    tokenizer = demo.out / "tokenizer"
+    with PeakMemory() as memory, stored(demo.storage, demo.out) as place, cluster(6, show_workers=False) as address:
+        dataset, runs, artifact = (f"{place}/{name}" for name in ("data", "runs", "artifact"))
         stages = Stages(Path(__file__).parent, {"RAY_ADDRESS": address})
         with stages.stage("vocabulary") as figure:
             tokenizer.mkdir()
@@ -54,15 +60,15 @@ def main() -> None:
         stages.job(
             "train", "pretrain.py", recipe="demo", runs=runs, data__dataset=dataset, steps=demo.steps, **where, **seed
         )
-        stages.job("export", "export.py", run=runs / "demo", to=artifact)
+        stages.job("export", "export.py", run=f"{runs}/demo", to=artifact)
         with ExitStack() as serving:
             with stages.stage("serve"):
-                server = serving.enter_context(served(stages, artifact.absolute(), demo.out))
+                server = serving.enter_context(served(stages, locate(artifact), demo.out))
             with stages.stage("ask") as figure:
                 quiz = ask(server, make_quiz(demo.asked, demo.seed), counter("answers"))
                 shuffled = ask(server, shuffle_pictures(quiz, demo.seed), counter("answers with shuffled pictures"))
                 figure(f"{len(quiz + shuffled)} answers")
-    loss = draw_loss(read_metrics(locate(runs / "demo")))
+        loss = draw_loss(read_metrics(locate(f"{runs}/demo")))
     write_report(demo.out, stages, quiz, shuffled, memory.bytes, loss)
 
 

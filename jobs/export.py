@@ -4,27 +4,27 @@ python jobs/export.py --run out/runs/first --to out/artifact [--step 500]
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
 from mqwen import cli
-from mqwen.storage import locate
+from mqwen.storage import filled, readable, writable
 from mqwen.train.export import export
 
 
 @dataclass(frozen=True)
 class Export:
-    """`run` is the run's URI, `to` the artifact's folder, `step` a checkpoint other than the newest."""
+    """`run` is the run's URI, `to` the artifact's, `step` a checkpoint other than the newest."""
 
     run: str
-    to: Path
+    to: str
     step: int | None = None
 
 
 def main() -> None:
     command = tyro.cli(Export, description=__doc__)
-    step = export(locate(command.run), command.to, command.step)
+    with filled(writable(command.to), last="config.json") as folder:
+        step = export(readable(command.run), folder, command.step)
     print(f"{command.to}: the weights of step {step}")
 
 

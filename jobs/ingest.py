@@ -5,7 +5,6 @@ python jobs/ingest.py digits --pictures 6000 --dataset out/data --tokenizer DIR
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -18,7 +17,7 @@ from mqwen.data.sources.digits import DigitsSource, Split
 from mqwen.data.sources.llava import LlavaSource
 from mqwen.model import MQWenProcessor, MQWenTokenizer
 from mqwen.model.vocabulary import VOCABULARY_FILE
-from mqwen.storage import locate
+from mqwen.storage import local_folder, readable, writable
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Llava(Into):
     pictures: str = tyro.MISSING
 
     def source(self) -> Source:
-        return LlavaSource(locate(self.conversations), locate(self.pictures))
+        return LlavaSource(readable(self.conversations), readable(self.pictures))
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,10 @@ class Digits(Into):
         return DigitsSource(self.pictures, self.seed, self.split)
 
 
-def tokenizer(folder: str) -> MQWenTokenizer:
-    if not (Path(folder) / VOCABULARY_FILE).is_file():  # else transformers would look for it on the Hub
-        raise DataError(
-            f"--tokenizer {folder} holds no {VOCABULARY_FILE}; give an artifact, or a folder with that file"
-        )
+def tokenizer(uri: str) -> MQWenTokenizer:
+    folder = local_folder(readable(uri), without="*.safetensors")
+    if not (folder / VOCABULARY_FILE).is_file():  # else transformers would look for it on the Hub
+        raise DataError(f"--tokenizer {uri} holds no {VOCABULARY_FILE}; give an artifact, or a folder with that file")
     return MQWenTokenizer.from_pretrained(folder)
 
 
@@ -67,7 +65,7 @@ def main() -> None:
         description=__doc__,
     )
     processor = MQWenProcessor(tokenizer(command.tokenizer))
-    ingest = Ingest.prepare(command.source(), locate(command.dataset), processor, command.settings)
+    ingest = Ingest.prepare(command.source(), writable(command.dataset), processor, command.settings)
     with cluster(cpus=2):
         manifest = ingest.run(lambda done, shards: print(f"shard {done}/{shards}", flush=True))
     tokens = sum(shard.tokens for shard in manifest.shards)

@@ -12,7 +12,7 @@ from mqwen.cluster import cluster
 from mqwen.data.manifest import read_manifest
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.stream import OrderedSplit, Stream
-from mqwen.storage import locate
+from mqwen.storage import readable
 from mqwen.train.build import starting_point
 from mqwen.train.loop import Progress
 from mqwen.train.recipes import recipe
@@ -34,7 +34,7 @@ def read_settings() -> RunSettings:
 def main() -> None:
     settings = read_settings()
     config, processor = starting_point(settings)
-    dataset = locate(settings.data.dataset)
+    dataset = readable(settings.data.dataset)
     order = Order(
         read_manifest(dataset),
         OrderSettings(

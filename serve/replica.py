@@ -7,6 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 from mqwen.engine.request import Request, RequestError, TokenEvent
+from mqwen.storage import Location, local_folder
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,19 @@ class ChatTask:
 
 
 class ModelReplica:
-    """checkpoint: an artifact's folder. gpu: whether Serve gave this replica a GPU.
+    """checkpoint: an artifact; replicas on one node share a copy. gpu: whether Serve gave this replica a GPU.
 
     Serve itself waits for running requests before it ends a replica, and calls `check_health`.
     """
 
-    def __init__(self, checkpoint: str, gpu: bool) -> None:
+    def __init__(self, checkpoint: Location, gpu: bool) -> None:
         # Imported here: the driver and the ingress import this module, and need no torch.
         from mqwen.engine.engine import Engine, EngineSettings
         from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 
-        processor = MQWenProcessor.from_pretrained(checkpoint)
-        model = MQWenLMHeadModel.from_pretrained(checkpoint).eval()
+        folder = local_folder(checkpoint)
+        processor = MQWenProcessor.from_pretrained(folder)
+        model = MQWenLMHeadModel.from_pretrained(folder).eval()
         self._tokenizer = processor.tokenizer
         self.engine = Engine(model.to("cuda") if gpu else model, processor, EngineSettings())
 

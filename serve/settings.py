@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import click
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mqwen.storage import Location, StorageError, local_folder, readable
 from serve.keys import KeysError, load_hashes
 
 
@@ -21,10 +22,17 @@ def _expanded(path: Path) -> Path:
 LocalPath = Annotated[Path, AfterValidator(_expanded)]
 
 
-class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def _answering(uri: Any) -> Location:
+    try:
+        return readable(uri)
+    except StorageError as error:
+        raise ValueError(str(error)) from error
 
-    checkpoint: LocalPath  # folder of an artifact, as jobs/export.py writes it
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    checkpoint: Annotated[Location, BeforeValidator(_answering)]  # URI of an artifact, as jobs/export.py writes it
     name: str = Field("", max_length=200)  # of the model, for clients; default: the folder's name
     auth: Literal["on", "off"] = "on"
     keys_file: LocalPath | None = None  # hashes of API keys, one a line, beside those in MQWEN_API_KEYS
@@ -82,13 +90,14 @@ def _in_words(error: Any) -> str:
     return f"Option {name}={error['input']}: {message}" if name else message
 
 
-def _check_checkpoint(folder: Path) -> None:
+def _check_checkpoint(checkpoint: Location) -> None:
     """Raises SettingsError where a file is missing or damaged, before replicas try to load it again and again."""
     from mqwen.model import MQWenProcessor
     from mqwen.model.artifact import check_artifact
 
     try:
+        folder = local_folder(checkpoint)
         check_artifact(folder)
         MQWenProcessor.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise SettingsError(f"checkpoint={folder} cannot be served: {error}") from error
+    except (ValueError, OSError, StorageError) as error:
+        raise SettingsError(f"checkpoint={checkpoint} cannot be served: {error}") from error

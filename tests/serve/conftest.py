@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mqwen.engine.request import RequestError, TokenEvent
+from mqwen.storage import locate
 from serve.replica import ChatTask, ModelReplica
 from tests.engine.tiny import build_artifact
 
@@ -36,6 +37,6 @@ class LocalBackend:
 
 @pytest.fixture(scope="session")
 def replica(artifact: Path) -> Iterator[ModelReplica]:
-    replica = ModelReplica(str(artifact), gpu=False)
+    replica = ModelReplica(locate(artifact), gpu=False)
     yield replica
     asyncio.run(replica.engine.drain())

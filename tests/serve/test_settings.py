@@ -16,7 +16,7 @@ from serve.settings import Settings, SettingsError
 
 def test_defaults(artifact: Path) -> None:
     settings = Settings.from_arguments({"checkpoint": str(artifact)})
-    assert settings.checkpoint == artifact
+    assert settings.checkpoint.path == str(artifact)
     assert settings.model == "tiny"
     assert settings.auth == "on"
     assert Settings.from_arguments({"checkpoint": str(artifact), "name": "other"}).model == "other"

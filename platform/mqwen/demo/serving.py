@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 
 from mqwen.demo.stages import StageError, Stages
+from mqwen.storage import Location
 
 START_LIMIT = 180.0  # seconds
 HOST = "127.0.0.1"
@@ -30,7 +31,7 @@ class Server:
 
 
 @contextmanager
-def served(stages: Stages, artifact: Path, folder: Path) -> Iterator[Server]:
+def served(stages: Stages, artifact: Location, folder: Path) -> Iterator[Server]:
     """A server of `artifact`, ready for requests during the block. Raises StageError where it does not get ready.
 
     Its options and its log are serve.yaml and serve.log in `folder`.

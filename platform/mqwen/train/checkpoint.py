@@ -114,10 +114,10 @@ def read_commit(checkpoint: Location) -> Commit:
 def load(checkpoint: Location, state: dict[str, Any]) -> Commit:
     """Fills `state` in place, in one process or in each rank of many, after checking every file's hash."""
     commit = read_commit(checkpoint)
-    for name, entry in commit.files.items():
-        if (checkpoint / name).sha256() != entry["sha256"]:
-            raise CheckpointError(f"{checkpoint / name} is damaged: its SHA-256 is not the one that was written")
     with _local(checkpoint, commit) as local, warnings.catch_warnings():
+        for name, entry in commit.files.items():
+            if (locate(local) / name).sha256() != entry["sha256"]:
+                raise CheckpointError(f"{checkpoint / name} is damaged: its SHA-256 is not the one that was written")
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in export, as it should be
         dcp.load(state, storage_reader=dcp.FileSystemReader(local), no_dist=not dist.is_initialized())
     return commit

@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mqwen.errors import UserError
 from mqwen.model import MQWenConfig, MQWenProcessor
-from mqwen.storage import Location, locate
+from mqwen.storage import Location, writable
 from mqwen.train import checkpoint
 from mqwen.train.loop import Batch, Progress
 from mqwen.train.provenance import record_start
@@ -49,9 +49,9 @@ class TrainingError(UserError):
 def open_run(settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> Location:
     """The run's folder, new or to be continued.
 
-    Raises SettingsError where a run of that name exists with other settings.
+    Raises SettingsError where a run of that name exists with other settings, StorageError where none can be written.
     """
-    run = locate(settings.runs) / settings.name
+    run = writable(settings.runs) / settings.name
     mine = json.loads(json.dumps(asdict(settings)))
     if (run / SETTINGS).exists():
         theirs = json.loads((run / SETTINGS).read_bytes())

@@ -14,7 +14,7 @@ class SettingsError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Where the weights start: an artifact folder, or fresh weights of the sizes in `config` (MQWenConfig's names)."""
+    """Where the weights start: an artifact's URI, or fresh weights of the sizes in `config` (MQWenConfig's names)."""
 
     init_from: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """`runs` is the URI under which the run's folder NAME lies; `tokenizer` a folder with qwen.tiktoken."""
+    """`runs` is the URI under which the run's folder NAME lies; `tokenizer` that of a folder with qwen.tiktoken."""
 
     name: str
     runs: str = "out/runs"

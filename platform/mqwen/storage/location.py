@@ -1,4 +1,4 @@
-"""One URI to one filesystem: a folder, file:// or s3:// for data, checkpoints and artifacts alike."""
+"""A place on a filesystem, and the files there: whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,26 +16,11 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from mqwen.errors import UserError
+from mqwen.storage.errors import MissingFileError, StorageError, TruncatedFileError
+from mqwen.storage.s3 import connect, find_settings
 
 COPIED_AT_ONCE = 1 << 22  # bytes
 IMPOSSIBLE_NAME = (pa.ArrowInvalid, UnicodeEncodeError)  # what Arrow raises for a name that no file can have
-
-
-class StorageError(UserError):
-    """Storage refused or failed; the message names the place and what the filesystem says."""
-
-
-class MissingFileError(StorageError):
-    """No file has this name. That stays so, where other storage errors may pass."""
-
-
-class TruncatedFileError(StorageError):
-    """A file ends before the bytes that were asked for; `data` holds those that are there."""
-
-    def __init__(self, message: str, data: bytes = b"") -> None:
-        super().__init__(message)
-        self.data = data
 
 
 @dataclass(frozen=True)
@@ -63,6 +48,15 @@ class Location:
         """Bytes of a file, or None where there is no file."""
         info = self._info()
         return info.size if info.type == pafs.FileType.File else None
+
+    def etag(self) -> str | None:
+        """What changes when a file does, without reading it; None where there is no file."""
+        try:
+            with self._errors_named("read"), self.filesystem.open_input_stream(self.path) as stream:
+                found = (stream.metadata() or {}).get("ETag", b"").decode()
+        except MissingFileError:
+            return None
+        return found or str(self._info().mtime_ns)
 
     def exists(self) -> bool:
         return self._info().type != pafs.FileType.NotFound
@@ -169,9 +163,9 @@ class Location:
 
 
 def locate(uri: str | Path) -> Location:
-    """The location of a folder path, a file:// or an s3:// URI.
+    """The location of a folder path, a file:// or an s3:// URI. Raises StorageError where it names none.
 
-    S3 takes its endpoint from AWS_ENDPOINT_URL and its credentials from where the AWS SDK looks for them.
+    S3 takes endpoint, region and credentials from where AWS's tools look for them; nothing is sent to it yet.
     """
     text = str(uri)
     scheme = text.split(":", 1)[0] if "://" in text else ""
@@ -181,9 +175,12 @@ def locate(uri: str | Path) -> Location:
         path = str(Path(text).expanduser().absolute())
         return Location(pafs.LocalFileSystem(), path, path)
     try:
-        filesystem, path = pafs.FileSystem.from_uri(text)
+        path = pafs.FileSystem.from_uri(text)[1] if scheme == "file" else text.removeprefix("s3://")
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageError(f"{text!r} cannot be reached: {error}") from error
     if not path.strip("/"):
         raise StorageError(f"{text!r} names no place; a folder's path or s3://BUCKET/NAME is allowed")
-    return Location(filesystem, path, text)
+    if scheme == "file":
+        return Location(pafs.LocalFileSystem(), path, text)
+    path = path.strip("/")
+    return Location(connect(find_settings()), path, f"s3://{path}")
