@@ -94,6 +94,7 @@ def train(
 
         loss = torch.zeros((), device=strategy.device)
         for batch in batches + [blank] * (math.ceil(per_step / workers) - len(batches)):
+            _seed(settings.seed, batch.place)
             part = strategy.model(**batch.inputs, num_items_in_batch=max(tokens, 1), **LOSS_ONLY).loss
             strategy.backward(part)
             loss += part.detach()
@@ -123,6 +124,11 @@ def train(
         saved = _over_all_ranks(progress)
         on_checkpoint(saved)
     return saved
+
+
+def _seed(seed: int, place: tuple[int, int, int]) -> None:
+    """A row's dropout is its own: the same on whichever rank it is trained, and when it is trained again."""
+    torch.manual_seed(int(np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0]))
 
 
 def _sum_over_ranks(*values: float) -> list[Any]:
