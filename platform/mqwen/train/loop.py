@@ -32,11 +32,16 @@ class Batch(Protocol):
     `place` is the row's (epoch, window, row) in the order.
     """
 
-    inputs: dict[str, torch.Tensor]
-    supervised: int
-    positions: int
-    images: int
-    place: tuple[int, int, int]
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]: ...
+    @property
+    def supervised(self) -> int: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def images(self) -> int: ...
+    @property
+    def place(self) -> tuple[int, int, int]: ...
 
 
 @dataclass(frozen=True)
