@@ -1,5 +1,7 @@
-"""Ingest, train, export as a user runs them, on one cluster: the same losses for a seed, also through faults."""
+"""Ingest, train, export, fine-tune, evaluate as a user runs them, on one cluster: the same losses for a seed, also
+through faults."""
 
+import json
 import os
 import re
 import secrets
@@ -142,3 +144,34 @@ def test_an_export_is_an_artifact(printed: dict[str, str], place: Place, tmp_pat
     processor = MQWenProcessor.from_pretrained(tmp_path / "artifact")
     assert model.config.vision_config.image_size == processor.image_size == 48
     assert model.config.vocab_size >= processor.tokenizer.vocab_size
+
+
+def test_an_artifact_is_fine_tuned_and_evaluated(printed: dict[str, str], place: Place, tmp_path: Path) -> None:
+    place.shell.done("jobs/export.py", "--run", place.runs / "first", "--to", tmp_path / "base")
+    settings = ["--recipe", "demo-lora", "--model.init-from", tmp_path / "base", *SMALL[2:], "--steps", 4]
+    places = ["--data.dataset", place.dataset, "--runs", place.runs, "--name", "tuned"]
+    output = place.shell.done("jobs/finetune.py", *settings, *places, "--log-every", 1)
+    found = re.findall(r"step (\d)/4 +loss (\S+)", output)
+    assert [step for step, _ in found] == ["1", "2", "3", "4"]
+    assert float(found[0][1]) < 0.8 * float(losses(printed["first"])[1])  # it starts from what was learned
+
+    for form, said in (("adapter", "the adapter of step 4"), ("artifact", "the weights of step 4")):
+        words = ["--run", place.runs / "tuned", "--to", tmp_path / form, "--form", form]
+        assert place.shell.done("jobs/export.py", *words).splitlines()[-1] == f"{tmp_path / form}: {said}"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+    written = []
+    for actors in (1, 2):
+        out = tmp_path / f"evaluation-{actors}"
+        words = ["--artifact", tmp_path / "artifact", "--dataset", place.dataset, "--out", out]
+        output = place.shell.done("jobs/evaluate.py", *words, "--actors.count", actors, "--generation.max-tokens", 8)
+        written.append([(out / name).read_bytes() for name in ("report.json", "answers.jsonl")])
+    assert written[0] == written[1]  # any number of actors gives the same
+    assert f"answers: {PICTURES}/{PICTURES}" in output
+    scores = json.loads(written[0][0])["scores"]
+    row = [scores["samples"], scores["left_out"], f"{scores['exact_match']:.1%}", f"{scores['cider_d']:.3f}"]
+    assert [str(cell) for cell in [*row, f"{scores['loss']:.4f}"]] == re.findall(r"[\d.]+%?", output.splitlines()[-3])
+    assert scores["samples"] == PICTURES
+    assert 0.5 < scores["loss"] / float(found[-1][1]) < 1.5  # what training measures on such samples
+    answers = [json.loads(line) for line in written[0][1].splitlines()]
+    assert scores["exact_match"] == sum(one["answer"] == one["expected"] for one in answers) / PICTURES

@@ -128,7 +128,7 @@ def test_scores_are_written_and_come_out_the_same(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"artifact": "nowhere"}, "nowhere is no folder"),
+        ({"artifact": "nowhere"}, "nowhere: is no folder"),
         ({"artifact": "cut"}, "is cut short"),
         ({"dataset": "nowhere"}, "nowhere is no dataset"),
         ({"dataset": "empty"}, "holds no samples"),
@@ -156,10 +156,7 @@ def test_what_cannot_be_evaluated_is_said_before_an_actor_starts(
     train_vocabulary(["another"], 280, tmp_path / VOCABULARY_FILE)
     other = MQWenProcessor(MQWenTokenizer(tmp_path / VOCABULARY_FILE), image_size=48)
     write_dataset(tmp_path / "other", other, SAMPLES[:2])
-    given = {"artifact": str(artifact), "dataset": make(SAMPLES[:2]), "generation": GENERATION, "actors": Actors()}
-    if "artifact" in change:
-        change = {"artifact": str(tmp_path / change["artifact"])}
-    if "dataset" in change:
-        change = {"dataset": locate(tmp_path / change["dataset"])}
+    given = {"artifact": artifact, "dataset": make(SAMPLES[:2]).path, "generation": GENERATION, "actors": Actors()}
+    given |= {name: tmp_path / value if isinstance(value, str) else value for name, value in change.items()}
     with pytest.raises(UserError, match=words):
-        Evaluation.prepare(**given | change)  # type: ignore[arg-type]
+        Evaluation.prepare(str(given["artifact"]), locate(given["dataset"]), given["generation"], given["actors"])
