@@ -17,7 +17,7 @@ from mqwen.data.sources.digits import vocabulary_texts
 from mqwen.demo.quiz import ask, make_quiz, shuffle_pictures
 from mqwen.demo.report import write_report
 from mqwen.demo.serving import served
-from mqwen.demo.stages import PeakMemory, Stages, counter
+from mqwen.demo.stages import PeakMemory, Stages
 from mqwen.demo.storage import Storage, stored
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
 from mqwen.storage import locate
@@ -65,8 +65,8 @@ def main() -> None:
             with stages.stage("serve"):
                 server = serving.enter_context(served(stages, locate(artifact), demo.out))
             with stages.stage("ask") as figure:
-                quiz = ask(server, make_quiz(demo.asked, demo.seed), counter("answers"))
-                shuffled = ask(server, shuffle_pictures(quiz, demo.seed), counter("answers with shuffled pictures"))
+                quiz = ask(server, make_quiz(demo.asked, demo.seed), cli.counter("answers"))
+                shuffled = ask(server, shuffle_pictures(quiz, demo.seed), cli.counter("answers with shuffled pictures"))
                 figure(f"{len(quiz + shuffled)} answers")
         loss = draw_loss(read_metrics(locate(f"{runs}/demo")))
     write_report(demo.out, stages, quiz, shuffled, memory.bytes, loss)

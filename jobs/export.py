@@ -1,6 +1,6 @@
 """Export: a run's checkpoint as an artifact, a folder of safetensors that serving and `transformers` load.
 
-python jobs/export.py --run out/runs/first --to out/artifact [--step 500]
+python jobs/export.py --run out/runs/first --to out/artifact [--step 500] [--form adapter]
 """
 
 from dataclasses import dataclass
@@ -9,23 +9,28 @@ import tyro
 
 from mqwen import cli
 from mqwen.storage import filled, readable, writable
-from mqwen.train.export import export
+from mqwen.train.export import LAST_FILE, Form, export
 
 
 @dataclass(frozen=True)
 class Export:
-    """`run` is the run's URI, `to` the artifact's, `step` a checkpoint other than the newest."""
+    """`run` is the run's URI, `to` the artifact's, `step` a checkpoint other than the newest.
+
+    `form`: artifact, with an adapter merged into the weights; adapter, PEFT's folder of a LoRA run; llava, what
+    transformers, vLLM and SGLang load as LlavaForConditionalGeneration.
+    """
 
     run: str
     to: str
     step: int | None = None
+    form: Form = "artifact"
 
 
 def main() -> None:
     command = tyro.cli(Export, description=__doc__)
-    with filled(writable(command.to), last="config.json") as folder:
-        step = export(readable(command.run), folder, command.step)
-    print(f"{command.to}: the weights of step {step}")
+    with filled(writable(command.to), LAST_FILE[command.form]) as folder:
+        step = export(readable(command.run), folder, command.step, command.form)
+    print(f"{command.to}: the {'adapter' if command.form == 'adapter' else 'weights'} of step {step}")
 
 
 if __name__ == "__main__":

@@ -1,68 +1,18 @@
-"""Train: Ray Data streams a dataset's packs into Ray Train workers.
+"""Train: Ray Data streams a dataset's packs into Ray Train workers, which train fresh or earlier weights.
 
 python jobs/pretrain.py --recipe demo --data.dataset out/data --tokenizer DIR --name first
 """
 
-import argparse
-
-import tyro
-
 from mqwen import cli
-from mqwen.cluster import cluster
-from mqwen.data.manifest import read_manifest
-from mqwen.data.order import Order, OrderSettings, Position
-from mqwen.data.stream import OrderedSplit, Stream
-from mqwen.storage import readable
-from mqwen.train.build import starting_point
-from mqwen.train.loop import Progress
-from mqwen.train.recipes import recipe
-from mqwen.train.report import write_report
-from mqwen.train.run import open_run, train_run
-from mqwen.train.settings import RunSettings
-
-
-def read_settings() -> RunSettings:
-    """The recipe that --recipe names, overridden by every other option."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", required=True)
-    named, rest = parser.parse_known_args()
-    settings = tyro.cli(RunSettings, default=recipe(named.recipe), args=rest, description=__doc__)
-    settings.check()
-    return settings
+from mqwen.train.settings import SettingsError
+from mqwen.training import read_settings, run_training
 
 
 def main() -> None:
-    settings = read_settings()
-    config, processor = starting_point(settings)
-    dataset = readable(settings.data.dataset)
-    order = Order(
-        read_manifest(dataset),
-        OrderSettings(
-            settings.seed,
-            settings.data.pack_length,
-            settings.data.packs_per_row,
-            config.image_positions,
-            settings.data.run_samples,
-            settings.data.window_runs,
-        ),
-    )
-    stream = Stream(dataset, order, processor, rows=settings.steps * settings.data.rows_per_step)
-    run = open_run(settings, config, processor)
-
-    def position(progress: Progress) -> Position:
-        return Position.after(progress.place) if progress.place else Position()
-
-    with cluster(cpus=settings.parallel.workers * settings.parallel.cpus_per_worker + 2):
-        train_run(
-            settings,
-            run,
-            config,
-            dataset=lambda progress: stream.start(position(progress)),
-            split=OrderedSplit(),
-            rows=lambda shard, progress: stream.read(shard, position(progress), settings.data.max_bad),
-            blank=stream.blank(),
-        )
-    print(f"run {run}: {write_report(run)}")
+    settings = read_settings(__doc__)
+    if settings.model.lora.r:
+        raise SettingsError(f"--model.lora.r is {settings.model.lora.r}: jobs/finetune.py trains adapters")
+    run_training(settings)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import uuid4
 
-from mqwen.engine.request import Request, RequestError, TokenEvent
+from mqwen.engine.request import Request, RequestError, TokenEvent, join
 from mqwen.storage import Location, local_folder
 
 
@@ -84,11 +84,3 @@ class ModelReplica:
             seed=task.seed,
             stop=task.stop,
         )
-
-
-def join(events: list[TokenEvent]) -> TokenEvent:
-    """All of an answer as one event."""
-    last = events[-1]
-    token_ids = tuple(token for event in events for token in event.token_ids)
-    text = "".join(event.text for event in events)
-    return TokenEvent(token_ids, text, last.finish_reason, last.prompt_tokens, last.completion_tokens)

@@ -1,4 +1,5 @@
-"""What the command lines of jobs/ share: an error meant for the user is one line and a non-zero exit, no trace."""
+"""What the command lines of jobs/ share: an error meant for the user is one line and a non-zero exit, no trace;
+progress is a line at each tenth of the way."""
 
 from __future__ import annotations
 
@@ -25,6 +26,19 @@ def run(main: Callable[[], None]) -> NoReturn:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def counter(what: str) -> Callable[[int, int], None]:
+    """A progress function that prints a line at each tenth of the way, and at the end."""
+    shown = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if done * 10 // total > shown:
+            shown = done * 10 // total
+            print(f"{what}: {done}/{total}", flush=True)
+
+    return show
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

@@ -29,6 +29,18 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         [*PRETRAIN, "--data.dataset", "{tmp}/other", "--tokenizer", "{tmp}/nowhere"],
         ["error: --tokenizer {tmp}/nowhere holds no qwen.tiktoken"],
     ),
+    "fine-tuning of nothing": (
+        ["jobs/finetune.py", "--recipe", "sft-lora", "--data.dataset", "{tmp}/other"],
+        ["error: --model.init-from is missing"],
+    ),
+    "an adapter for fresh weights": (
+        [*READY, "{tmp}/other", "--model.lora.r", "4"],
+        ["error: --model.lora.r is 4: jobs/finetune.py trains adapters"],
+    ),
+    "evaluation of a missing artifact": (
+        ["jobs/evaluate.py", "--artifact", "{tmp}/nowhere", "--dataset", "{tmp}/other"],
+        ["error: {tmp}/nowhere: is no folder"],
+    ),
     "export of a missing run": (
         ["jobs/export.py", "--run", "{tmp}/nowhere", "--to", "{tmp}/artifact"],
         ["error: {tmp}/nowhere has no committed checkpoint"],

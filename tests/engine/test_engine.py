@@ -92,6 +92,27 @@ def answered(model: MQWenLMHeadModel, processor: MQWenProcessor) -> list[tuple[R
     return clear
 
 
+def test_a_job_gets_whole_answers_and_refusals_in_order(
+    model: MQWenLMHeadModel, processor: MQWenProcessor, answered: list[tuple[Request, list[int]]]
+) -> None:
+    asked, expected = zip(*answered[:6], strict=True)
+    bad_picture = Request("bad", prompt(processor, "Which?", 1), [b"no picture"])
+    too_long = Request("long", prompt(processor, "Which?", 0), max_tokens=10_000)
+    engine = Engine(model, processor)
+    found = engine.generate_all([bad_picture, *asked, too_long])
+    assert isinstance(found[0], InvalidPictureError)
+    assert isinstance(found[-1], ContextLengthError)
+    for event, tokens in zip(found[1:-1], expected, strict=True):
+        assert isinstance(event, TokenEvent)
+        assert list(event.token_ids) == tokens
+        assert event.text == processor.tokenizer.decode(tokens, skip_special_tokens=True)
+    again = engine.generate_all(asked)  # the same ids: none is left behind
+    assert again == found[1:-1]
+    asyncio.run(engine.drain())
+    with pytest.raises(EngineClosedError):
+        engine.generate_all(asked)
+
+
 @pytest.mark.parametrize("settings", [EngineSettings(), EngineSettings(max_batch_size=3, picture_cache_bytes=0)])
 def test_greedy_tokens_are_those_of_generate_alone_and_in_company(
     model: MQWenLMHeadModel,

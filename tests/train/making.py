@@ -18,7 +18,6 @@ from mqwen.storage import locate
 from mqwen.train import checkpoint
 from mqwen.train.build import build_model, starting_point
 from mqwen.train.loop import Progress, StepRecord, train
-from mqwen.train.optimizer import freeze
 from mqwen.train.settings import (
     CheckpointSettings,
     DataSettings,
@@ -95,9 +94,7 @@ def blank_row(settings: RunSettings) -> Batch:
 
 
 def fresh_model(settings: RunSettings) -> MQWenLMHeadModel:
-    model = build_model(settings, starting_point(settings)[0])
-    freeze(model, settings.optimizer.freeze)
-    return model.train()
+    return build_model(settings, starting_point(settings)[0]).train()
 
 
 def fresh_strategy(settings: RunSettings) -> Strategy:

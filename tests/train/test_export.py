@@ -77,8 +77,8 @@ def test_a_step_that_is_missing_is_answered_with_those_there(run: Path, tmp_path
     ("file", "message"),
     [
         ("checkpoints/step-00000006/.metadata", "run/checkpoints/step-00000006/.metadata"),
-        ("model/config.json", "run/model is not what jobs/pretrain.py wrote there"),
-        ("model/qwen.tiktoken", "run/model is not what jobs/pretrain.py wrote there"),
+        ("model/config.json", "run/model is not what training wrote there"),
+        ("model/qwen.tiktoken", "run/model is not what training wrote there"),
     ],
 )
 def test_a_file_that_is_missing_or_cut_is_named(run: Path, tmp_path: Path, file: str, message: str) -> None:

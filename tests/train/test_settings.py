@@ -9,10 +9,10 @@ import pytest
 from torch import nn
 
 from mqwen.errors import UserError
-from mqwen.train.build import starting_point
+from mqwen.train.build import build_model, starting_point
 from mqwen.train.optimizer import freeze, parameter_groups, rate_factor
 from mqwen.train.recipes import RECIPES, recipe
-from mqwen.train.settings import ModelSettings, OptimizerSettings, RunSettings, SettingsError
+from mqwen.train.settings import LoraSettings, ModelSettings, OptimizerSettings, RunSettings, SettingsError
 from tests.train.making import fresh_model
 
 
@@ -27,6 +27,14 @@ from tests.train.making import fresh_model
         ({"parallel": {"workers": 0}}, "--parallel.workers is 0; at least 1"),
         ({"checkpoint": {"every": 0}}, "--checkpoint.every is 0; at least 1"),
         ({"checkpoint": {"keep": 0}}, "--checkpoint.keep is 0; at least 1"),
+        ({"model": {"init_from": "A"}}, "--tokenizer does not go with --model.init-from A"),
+        (
+            {"tokenizer": "", "model": {"init_from": "A"}},
+            "--model.config (a recipe for fresh weights sets it) does not",
+        ),
+        ({"model": {"lora": LoraSettings(r=-1)}}, "--model.lora.r is -1; at least 0"),
+        ({"model": {"lora": LoraSettings(alpha=0)}}, "--model.lora.alpha is 0; at least 1"),
+        ({"model": {"lora": LoraSettings(dropout=1.0)}}, "--model.lora.dropout is 1.0; from 0 to below 1"),
         ({"name": "a/b"}, "--name 'a/b' must be a plain name"),
         ({"name": ""}, "--name '' must be a plain name"),
     ],
@@ -124,6 +132,25 @@ def test_the_demos_patterns_fit_the_model(settings: RunSettings) -> None:
     found = groups_by_name(fresh_model(settings), demo)
     assert found["visual.vision_model.encoder.layers.0.mlp.fc1.weight"][0] == demo.learning_rates["visual.*"]
     assert found["transformer.h.0.attn.c_attn.weight"][0] == demo.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("name", "learning", "projector"),
+    [("demo-lora", 2e-3, 1e-3), ("sft-lora", 3e-5, 1e-4), ("sft-full", 1e-5, 1e-4)],
+)
+def test_fine_tuning_recipes_leave_the_tower_as_it_is(
+    settings: RunSettings, name: str, learning: float, projector: float
+) -> None:
+    tuning = recipe(name)
+    model = build_model(
+        replace(tuning, model=replace(settings.model, lora=tuning.model.lora)), starting_point(settings)[0]
+    )
+    rates = groups_by_name(model, tuning.optimizer)
+    assert rates["transformer.h.1.mlp.w2.lora_B.default.weight" if "lora" in name else "lm_head.weight"][0] == learning
+    assert {rate for part, (rate, _, _) in rates.items() if part.startswith("feature_proj")} == {projector}
+    assert not [part for part in rates if part.startswith("visual")]
+    if tuning.model.lora.r:
+        assert not [part for part in rates if "lora_" not in part and "modules_to_save" not in part]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,12 @@ def read_manifest(dataset: Location) -> Manifest:
     return manifest
 
 
+def check_tokenizer(dataset: Location, manifest: Manifest, fingerprint: str) -> None:
+    """Raises DataError where another tokenizer than the one of this fingerprint counted the dataset's tokens."""
+    if manifest.tokenizer != fingerprint:
+        raise DataError(f"{dataset} was ingested with another tokenizer than this model's; ingest it again")
+
+
 def write_index(dataset: Location, shard: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Writes a shard's index and returns its SHA-256."""
     buffer = io.BytesIO()

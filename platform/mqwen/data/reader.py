@@ -40,7 +40,7 @@ class WindowReader:
         windows = self.order.windows
         epoch, window = divmod(self.start.epoch * windows + self.start.window + number, windows)
         plan = self.order.plan(epoch, window, lambda shard: _index(self.dataset, shard))
-        samples = _Samples(self.dataset, plan.samples)
+        samples = Samples(self.dataset, plan.samples)
         builder = RowBuilder(self.processor, self.order.settings)
         for n in range(self.start.row if number == 0 else 0, len(plan.rows)):
             packs = [[Entry(plan.samples[i], samples.read(plan.samples[i])) for i in pack] for pack in plan.rows[n]]
@@ -53,8 +53,8 @@ def _index(dataset: Location, shard: Shard) -> pa.Table:
     return read_index(dataset, shard)
 
 
-class _Samples:
-    """A window's samples, each run of neighbours read from storage at once."""
+class Samples:
+    """Samples at known places, each run of neighbours read from storage at once."""
 
     def __init__(self, dataset: Location, places: list[Place]) -> None:
         runs: dict[int, list[Place]] = {}

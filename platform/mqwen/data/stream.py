@@ -24,6 +24,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
+from mqwen.data.manifest import check_tokenizer
 from mqwen.data.order import Order, Position
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
@@ -77,8 +78,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         """Raises DataError where the dataset's tokens were counted by another tokenizer: its packs would not fit."""
-        if self.order.manifest.tokenizer != self.processor.tokenizer.fingerprint:
-            raise DataError(f"{self.dataset} was ingested with another tokenizer than this model's; ingest it again")
+        check_tokenizer(self.dataset, self.order.manifest, self.processor.tokenizer.fingerprint)
 
     def start(self, position: Position) -> ray.data.Dataset:
         """A Ray dataset of the rows from `position` on, `rows` of them or more."""

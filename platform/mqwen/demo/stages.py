@@ -77,16 +77,6 @@ class Stages:
             end_group(process)
 
 
-def counter(what: str) -> Callable[[int, int], None]:
-    """A progress function that prints a line at each tenth of the way."""
-
-    def show(done: int, total: int) -> None:
-        if done * 10 // total > (done - 1) * 10 // total:
-            print(f"{what}: {done}/{total}", flush=True)
-
-    return show
-
-
 def end_group(process: subprocess.Popen) -> None:
     """Interrupts a process that leads a session, and kills what is left of its group after GRACE seconds."""
     if process.poll() is None:

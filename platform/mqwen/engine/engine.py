@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from mqwen.engine.request import (
     Request,
     RequestError,
     TokenEvent,
+    join,
 )
 from mqwen.engine.sampler import sample
 from mqwen.engine.sequence import Sequence
@@ -104,10 +105,9 @@ class Engine:
         Raises RequestError where the request cannot be served, EngineClosedError after `drain`, EngineFailedError
         where a step failed.
         """
-        sequence = self._sequence(request)  # no await before the next line: it holds the id
-        self._live[request.request_id] = sequence
+        sequence = self._sequence(request)
         try:
-            await self._enqueue(sequence)
+            await self._enqueue([sequence])
             event = None
             while event is None or event.finish_reason is None:
                 event = await sequence.next_event()
@@ -115,6 +115,31 @@ class Engine:
         finally:
             sequence.aborted = True  # nothing to the thread if it has finished the sequence
             del self._live[request.request_id]
+
+    def generate_all(self, requests: Iterable[Request]) -> list[TokenEvent | RequestError]:
+        """For jobs: each request's whole answer as one event, or why it was refused, in their order.
+
+        They wait together, so that the same requests always make the same batches. Call it outside of event loops.
+
+        Raises EngineClosedError after `drain`, EngineFailedError where a step failed.
+        """
+        return asyncio.run(self._generate_all(requests))
+
+    async def _generate_all(self, requests: Iterable[Request]) -> list[TokenEvent | RequestError]:
+        taken: list[Sequence | RequestError] = []
+        for request in requests:
+            try:
+                taken.append(self._sequence(request))
+            except RequestError as error:
+                taken.append(error)
+        sequences = [one for one in taken if isinstance(one, Sequence)]
+        try:
+            await self._enqueue(sequences)
+            return [await _whole(one) if isinstance(one, Sequence) else one for one in taken]
+        finally:
+            for sequence in sequences:
+                sequence.aborted = True
+                del self._live[sequence.request.request_id]
 
     def abort(self, request_id: str) -> None:
         """Ends a request, whose iterator then gives a last event with finish_reason "abort". Unknown ids are none."""
@@ -171,26 +196,33 @@ class Engine:
             asked = "" if request.max_tokens is None else f" and {request.max_tokens} tokens to generate are asked for"
             message = f"the prompt has {length} positions{asked}; the context has {self._max_length} for both"
             raise ContextLengthError(message, "input_ids" if length >= self._max_length else "max_tokens")
-        return Sequence(request, length, limit, TextStream(self._token_bytes, request.stop))
+        sequence = Sequence(request, length, limit, TextStream(self._token_bytes, request.stop))
+        self._live[request.request_id] = sequence  # no await since it was looked for
+        return sequence
 
-    async def _enqueue(self, sequence: Sequence) -> None:
+    async def _enqueue(self, sequences: list[Sequence]) -> None:
+        """Decodes pictures, then lets the thread have the sequences, all at once. Bad pictures fail their own alone."""
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the engine is draining")
-            self._loading += 1
+            self._loading += len(sequences)
+        ready: list[Sequence] = []
+        try:
+            loaded = await asyncio.gather(*(self._load(sequence) for sequence in sequences))
+            ready = [sequence for sequence, good in zip(sequences, loaded, strict=True) if good]
+        finally:
+            with self._changed:
+                self._loading -= len(sequences)
+                self._waiting.extend(ready)
+                self._changed.notify()
+
+    async def _load(self, sequence: Sequence) -> bool:
         try:
             sequence.pictures = await self._pictures.load(sequence.request.pictures)
-        except BaseException:
-            self._loaded(None)
-            raise
-        self._loaded(sequence)
-
-    def _loaded(self, sequence: Sequence | None) -> None:
-        with self._changed:
-            self._loading -= 1
-            if sequence is not None:
-                self._waiting.append(sequence)
-            self._changed.notify()
+        except InvalidPictureError as error:
+            sequence.fail(error)
+            return False
+        return True
 
     def _run(self) -> None:
         """The engine's thread."""
@@ -245,3 +277,14 @@ class Engine:
             if sequence.aborted and sequence.finish_reason is None:
                 sequence.end_aborted()
                 self._counts["aborted"] += 1
+
+
+async def _whole(sequence: Sequence) -> TokenEvent | RequestError:
+    """A sequence's events as one, when it has ended."""
+    events: list[TokenEvent] = []
+    try:
+        while not events or events[-1].finish_reason is None:
+            events.append(await sequence.next_event())
+    except RequestError as error:
+        return error
+    return join(events)

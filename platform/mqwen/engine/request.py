@@ -49,6 +49,14 @@ class TokenEvent:
     completion_tokens: int
 
 
+def join(events: Sequence[TokenEvent]) -> TokenEvent:
+    """All of an answer as one event."""
+    last = events[-1]
+    token_ids = tuple(token for event in events for token in event.token_ids)
+    text = "".join(event.text for event in events)
+    return TokenEvent(token_ids, text, last.finish_reason, last.prompt_tokens, last.completion_tokens)
+
+
 class RequestError(ValueError):
     """This request cannot be served as it is; the engine and all others go on.
 

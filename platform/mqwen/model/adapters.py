@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -12,6 +13,39 @@ from mqwen.model.errors import AdapterError
 
 PREFIX = "base_model.model."
 PROJECTOR = "feature_proj"
+
+
+def add_adapter(
+    model: nn.Module, *, r: int, alpha: float, dropout: float, targets: Sequence[str], modules_to_save: Sequence[str]
+) -> PeftModel:
+    """Wrap the model with a fresh adapter that adds nothing yet (B is zero), trainable; all else is frozen.
+
+    Args:
+        model: its layers are replaced in place, so that it can be used as before, without the wrapper.
+        r, alpha, dropout: of rank r, scaled by alpha / r; its input loses a share `dropout` in training.
+        targets: last parts of the names of linear layers.
+        modules_to_save: modules that are trained whole beside it, in a copy, and saved with it.
+
+    Raises:
+        AdapterError: a name that matches nothing.
+    """
+    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = {name for name, _ in model.named_children()}
+    for kind, names, known in (("target", targets, layers), ("module to save", modules_to_save, modules)):
+        if unknown := [name for name in names if name not in known]:
+            listed = ", ".join(sorted(name for name in known if not name.isdigit()))
+            raise AdapterError(f"LoRA {kind} {unknown[0]!r} is in no name of this model; there are {listed}")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        modules_to_save=list(modules_to_save) or None,
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(model, config)
+    config.base_model_name_or_path = None  # a path on this machine
+    return wrapped
 
 
 def attach_adapter(model: nn.Module, folder: Folder, *, trainable: bool = False) -> PeftModel:

@@ -76,16 +76,20 @@ def filled(target: Location, last: str) -> Iterator[Path]:
     """A folder of this machine to be filled; what it holds when the block ends without an error is what `target` holds.
 
     The file named `last` is there last, and is taken away first where `target` held another one: who finds it finds
-    all of them. A local target is filled in place.
+    all of them. A local target is filled in place. Raises StorageError, before anything, where `target` holds files
+    without one of that name: they are something else.
     """
     if isinstance(target.filesystem, pafs.LocalFileSystem):
         yield Path(target.path)
         return
+    there = [name for name in target.names() if (target / name).size() is not None]
+    if there and last not in there:
+        raise StorageError(f"{target} holds other files ({', '.join(there[:3])}); choose another place")
     with tempfile.TemporaryDirectory(prefix="mqwen-") as local:
         yield Path(local)
         files = {path.name: path for path in Path(local).iterdir()}
         (target / last).delete()
-        for name in {*target.names()} - {*files}:
+        for name in {*there} - {*files}:
             (target / name).delete()
         for name in sorted(files, key=lambda name: name == last):
             (target / name).upload(files[name])

@@ -1,6 +1,8 @@
-"""The model that a run starts from."""
+"""The model that a run starts from: its weights, its adapter, and what of it is frozen."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 import torch
 
@@ -8,6 +10,7 @@ from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenToke
 from mqwen.model.artifact import check_artifact
 from mqwen.model.vocabulary import VOCABULARY_FILE
 from mqwen.storage import local_folder, locate, readable
+from mqwen.train.optimizer import freeze, parameter_groups
 from mqwen.train.settings import RunSettings, SettingsError
 
 EMBEDDING_MULTIPLE = 64  # rows of the embedding are rounded up to it, as matrix units like them
@@ -31,9 +34,33 @@ def starting_point(settings: RunSettings) -> tuple[MQWenConfig, MQWenProcessor]:
     return config, MQWenProcessor(tokenizer, image_size=config.vision_config.image_size)
 
 
+def check_trainable(settings: RunSettings, config: MQWenConfig) -> None:
+    """Tries adapter, freezing and learning rates on a model without memory.
+
+    Raises SettingsError or AdapterError for patterns and targets that match nothing, before any worker starts.
+    """
+    with torch.device("meta"):
+        model = _prepared(MQWenLMHeadModel(config), settings)
+    parameter_groups(model, settings.optimizer)
+
+
 def build_model(settings: RunSettings, config: MQWenConfig) -> MQWenLMHeadModel:
-    """The weights that step 1 starts from, the same on every rank."""
+    """The model as step 1 finds it, the same on every rank."""
     torch.manual_seed(settings.seed)
     if settings.model.init_from:
-        return MQWenLMHeadModel.from_pretrained(local_folder(locate(settings.model.init_from)))
-    return MQWenLMHeadModel(config)
+        # In float32 whatever the artifact's dtype: small updates would be lost in fewer bits.
+        source = local_folder(locate(settings.model.init_from))
+        model = MQWenLMHeadModel.from_pretrained(source, dtype=torch.float32)
+    else:
+        model = MQWenLMHeadModel(config)
+    return _prepared(model, settings)
+
+
+def _prepared(model: MQWenLMHeadModel, settings: RunSettings) -> MQWenLMHeadModel:
+    if settings.model.lora.r:
+        from mqwen.model.adapters import add_adapter  # brings peft, whose import other runs need not wait for
+
+        torch.manual_seed(settings.seed)  # whatever reading the weights drew
+        add_adapter(model, **asdict(settings.model.lora))
+    freeze(model, settings.optimizer.freeze)
+    return model

@@ -1,23 +1,34 @@
-"""From a training checkpoint to an artifact."""
+"""From a training checkpoint to an artifact, an adapter, or the folder that other servers read."""
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor
+from mqwen.model.llava import export_llava
 from mqwen.storage import Location
 from mqwen.train import checkpoint
 from mqwen.train.checkpoint import CheckpointError
+from mqwen.train.settings import LoraSettings, SettingsError
+
+Form = Literal["artifact", "adapter", "llava"]
+LAST_FILE = {
+    "artifact": "config.json",
+    "adapter": "adapter_config.json",
+    "llava": "config.json",
+}  # whole, if it is there
 
 
 def find_checkpoint(run: Location, step: int | None) -> Location:
     """The checkpoint of that step, or the newest. Raises CheckpointError that lists what is there."""
     found = checkpoint.committed(run)
     if not found:
-        raise CheckpointError(f"{run} has no committed checkpoint; jobs/pretrain.py writes them")
+        raise CheckpointError(f"{run} has no committed checkpoint; training writes them")
     if step is None:
         return found[-1]
     for candidate in found:
@@ -26,10 +37,17 @@ def find_checkpoint(run: Location, step: int | None) -> Location:
     raise CheckpointError(f"{run} has no checkpoint of step {step}; there are {', '.join(c.name for c in found)}")
 
 
-def export(run: Location, target: Path, step: int | None = None) -> int:
-    """Writes the artifact of a run's checkpoint into the folder `target`; returns the checkpoint's step."""
+def export(run: Location, target: Path, step: int | None = None, form: Form = "artifact") -> int:
+    """Writes a run's checkpoint into the folder `target`; returns the checkpoint's step.
+
+    An adapter is merged into the weights, but for the form "adapter", which is PEFT's folder of it alone, with the
+    modules that were trained beside it.
+    """
     source = find_checkpoint(run, step)
-    checkpoint.read_commit(source)  # a missing or truncated file shows before the model is built
+    commit = checkpoint.read_commit(source)  # a missing or truncated file shows before the model is built
+    lora = LoraSettings(**commit.settings["model"].get("lora", {}))
+    if form == "adapter" and not lora.r:
+        raise SettingsError(f"{run} trained no adapter, but the weights themselves: export them with --form artifact")
     with tempfile.TemporaryDirectory() as local:
         for name in (run / "model").names():
             (run / "model" / name).download(Path(local) / name)
@@ -37,14 +55,26 @@ def export(run: Location, target: Path, step: int | None = None) -> int:
             config = MQWenConfig.from_json_file(Path(local) / "config.json")  # from_pretrained does without the file
             processor = MQWenProcessor.from_pretrained(local)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{run / 'model'} is not what jobs/pretrain.py wrote there: {error}") from error
+            raise CheckpointError(f"{run / 'model'} is not what training wrote there: {error}") from error
     with torch.device("meta"):
         model = MQWenLMHeadModel(config)
+        if lora.r:
+            from mqwen.model.adapters import add_adapter  # brings peft, whose import other exports need not wait for
+
+            adapted = add_adapter(model, **asdict(lora))
     weights = model.to_empty(device="cpu").state_dict()
-    commit = checkpoint.load(source, {"model": weights})
+    checkpoint.load(source, {"model": weights})
     model.load_state_dict(weights)
+    if form == "adapter":
+        adapted.save_pretrained(target)
+        return commit.step
+    if lora.r:
+        adapted.merge_and_unload()
     model.generation_config.eos_token_id = processor.tokenizer.stop_ids
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    model.save_pretrained(target)
-    processor.save_pretrained(target)
+    if form == "llava":
+        export_llava(model, processor, target)
+    else:
+        model.save_pretrained(target)
+        processor.save_pretrained(target)
     return commit.step

@@ -32,11 +32,16 @@ class Batch(Protocol):
     `place` is the row's (epoch, window, row) in the order.
     """
 
-    inputs: dict[str, torch.Tensor]
-    supervised: int
-    positions: int
-    images: int
-    place: tuple[int, int, int]
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]: ...
+    @property
+    def supervised(self) -> int: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def images(self) -> int: ...
+    @property
+    def place(self) -> tuple[int, int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ def train(
 
         loss = torch.zeros((), device=strategy.device)
         for batch in batches + [blank] * (math.ceil(per_step / workers) - len(batches)):
+            _seed(settings.seed, batch.place)
             part = strategy.model(**batch.inputs, num_items_in_batch=max(tokens, 1), **LOSS_ONLY).loss
             strategy.backward(part)
             loss += part.detach()
@@ -123,6 +129,11 @@ def train(
         saved = _over_all_ranks(progress)
         on_checkpoint(saved)
     return saved
+
+
+def _seed(seed: int, place: tuple[int, int, int]) -> None:
+    """A row's dropout is its own: the same on whichever rank it is trained, and when it is trained again."""
+    torch.manual_seed(int(np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0]))
 
 
 def _sum_over_ranks(*values: float) -> list[Any]:

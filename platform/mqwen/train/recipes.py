@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from mqwen.train.settings import (
     DataSettings,
+    LoraSettings,
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
@@ -44,7 +45,43 @@ def demo() -> RunSettings:
     )
 
 
-RECIPES: dict[str, Callable[[], RunSettings]] = {"demo": demo}
+def demo_lora() -> RunSettings:
+    """An adapter for the demo's artifact, on two cores; `--model.init-from` names it."""
+    return RunSettings(
+        name="demo-lora",
+        model=ModelSettings(lora=LoraSettings(r=16)),
+        data=DataSettings(pack_length=256, packs_per_row=4, rows_per_step=2),
+        optimizer=OptimizerSettings(learning_rate=2e-3, learning_rates={"feature_proj.*": 1e-3}),
+        parallel=ParallelSettings(workers=2, reshard_after_forward=False),
+        steps=200,
+    )
+
+
+def sft_lora() -> RunSettings:
+    """An adapter and the projector of Qwen v1 with CLIP-L; `--model.init-from` names the artifact."""
+    return RunSettings(
+        name="sft-lora",
+        model=ModelSettings(lora=LoraSettings(r=128, alpha=32)),
+        optimizer=OptimizerSettings(learning_rate=3e-5, learning_rates={"feature_proj.*": 1e-4}),
+        parallel=ParallelSettings(gpus_per_worker=1),
+    )
+
+
+def sft_full() -> RunSettings:
+    """All of Qwen v1 and the projector, not the vision tower; `--model.init-from` names the artifact."""
+    return RunSettings(
+        name="sft-full",
+        optimizer=OptimizerSettings(learning_rate=1e-5, learning_rates={"feature_proj.*": 1e-4}, freeze=("visual.*",)),
+        parallel=ParallelSettings(gpus_per_worker=1),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunSettings]] = {
+    "demo": demo,
+    "demo-lora": demo_lora,
+    "sft-lora": sft_lora,
+    "sft-full": sft_full,
+}
 
 
 def recipe(name: str) -> RunSettings:

@@ -13,11 +13,26 @@ class SettingsError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """An adapter of rank `r` beside each linear layer whose name ends in one of `targets`; 0 is none.
+
+    All else is frozen but `modules_to_save`, which are trained whole and belong to the adapter.
+    """
+
+    r: int = 0
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("c_attn", "w1", "w2")
+    modules_to_save: tuple[str, ...] = ("feature_proj",)
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """Where the weights start: an artifact's URI, or fresh weights of the sizes in `config` (MQWenConfig's names)."""
 
     init_from: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    lora: LoraSettings = field(default_factory=LoraSettings)
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,8 @@ class RunSettings:
         """Raises SettingsError for what can be known before a worker starts."""
         for option, value, least in (
             ("steps", self.steps, 1),
+            ("model.lora.r", self.model.lora.r, 0),
+            ("model.lora.alpha", self.model.lora.alpha, 1),
             ("log-every", self.log_every, 1),
             ("data.rows-per-step", self.data.rows_per_step, 1),
             ("data.packs-per-row", self.data.packs_per_row, 1),
@@ -112,6 +129,13 @@ class RunSettings:
         ):
             if value < least:
                 raise SettingsError(f"--{option} is {value}; at least {least} is needed")
+        if not 0 <= self.model.lora.dropout < 1:
+            raise SettingsError(f"--model.lora.dropout is {self.model.lora.dropout}; from 0 to below 1 is allowed")
+        if self.model.init_from and (self.tokenizer or self.model.config):
+            option = "--tokenizer" if self.tokenizer else "--model.config (a recipe for fresh weights sets it)"
+            raise SettingsError(
+                f"{option} does not go with --model.init-from {self.model.init_from}: an artifact brings its own"
+            )
         if not self.data.dataset:
             raise SettingsError("--data.dataset is missing: give the URI of a dataset that jobs/ingest.py wrote")
         if not self.name or "/" in self.name:

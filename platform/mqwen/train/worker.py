@@ -17,7 +17,6 @@ from mqwen.storage import Location
 from mqwen.train import checkpoint
 from mqwen.train.build import build_model
 from mqwen.train.loop import Batch, Progress, StepRecord, train
-from mqwen.train.optimizer import freeze
 from mqwen.train.settings import RunSettings
 from mqwen.train.strategy import STRATEGIES
 
@@ -44,7 +43,6 @@ def work(config: dict[str, Task]) -> None:
     device = ray.train.torch.get_device()
 
     model = build_model(settings, task.config).to(device)
-    freeze(model, settings.optimizer.freeze)
     model.train()
     shard = STRATEGIES[settings.parallel.strategy]
     strategy = shard(model, list(model.transformer.h), settings.parallel, settings.optimizer)
