@@ -27,12 +27,12 @@ class ChatTask:
 
 
 class ModelReplica:
-    """checkpoint: an artifact's folder. gpu: whether Serve gave this replica a GPU.
+    """checkpoint: an artifact's folder. model_name: as clients ask for it. gpu: whether Serve gave this replica one.
 
     Serve itself waits for running requests before it ends a replica, and calls `check_health`.
     """
 
-    def __init__(self, checkpoint: str, gpu: bool) -> None:
+    def __init__(self, checkpoint: str, model_name: str, gpu: bool) -> None:
         # Imported here: the driver and the ingress import this module, and need no torch.
         from mqwen.engine.engine import Engine, EngineSettings
         from mqwen.model import MQWenLMHeadModel, MQWenProcessor
@@ -40,7 +40,7 @@ class ModelReplica:
         processor = MQWenProcessor.from_pretrained(checkpoint)
         model = MQWenLMHeadModel.from_pretrained(checkpoint).eval()
         self._tokenizer = processor.tokenizer
-        self.engine = Engine(model.to("cuda") if gpu else model, processor, EngineSettings())
+        self.engine = Engine(model.to("cuda") if gpu else model, processor, EngineSettings(model_name))
 
     async def generate(self, task: ChatTask) -> AsyncGenerator[TokenEvent | RequestError]:
         """Token events. A refused request is an item, not an exception, which Serve would log as a failure of ours."""

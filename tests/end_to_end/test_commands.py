@@ -5,8 +5,10 @@ import re
 import secrets
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.storage import locate
 from mqwen.train.report import read_metrics
 from tests.end_to_end.commands import SMALL, Shell, read_until, shell
+from tests.scraping import FAST, Scrape, scrape_until, scraped_meanwhile
 
 PICTURES = 300
 STEPS = 60
@@ -34,7 +37,7 @@ def cluster() -> Iterator[Shell]:
     """A shell whose commands all work on one cluster, which asks for a token."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with shell() as found:
-        found.variables = token
+        found.variables = token | FAST
         with found.start("-c", HELD, stdin=subprocess.PIPE) as process:
             address = read_until(process, "^address ").split()[-1]
             yield replace(found, variables=token | {"RAY_ADDRESS": address})
@@ -73,13 +76,24 @@ def losses(output: str) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def printed(place: Place) -> dict[str, str]:
+def started() -> float:
+    return time.time()
+
+
+@pytest.fixture(scope="module")
+def scraped() -> list[Scrape]:
+    """What the cluster's metrics were during the first run."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def printed(place: Place, scraped: list[Scrape], started: float) -> dict[str, str]:
     """What two undisturbed runs of unlike seeds print."""
     shorter = ["--seed", 1, "--steps", 1, "--parallel.workers", 1]
-    return {
-        "first": place.shell.done(*place.command("first")),
-        "other": place.shell.done(*place.command("other", *shorter)),
-    }
+    with scraped_meanwhile(place.shell.ray_folder) as found:
+        first = place.shell.done(*place.command("first"))
+    scraped += found
+    return {"first": first, "other": place.shell.done(*place.command("other", *shorter))}
 
 
 def test_a_run_prints_each_step_and_learns(printed: dict[str, str], place: Place) -> None:
@@ -90,6 +104,34 @@ def test_a_run_prints_each_step_and_learns(printed: dict[str, str], place: Place
     assert [f"{record['loss']:.6f}" for record in records] == list(found.values())
     assert f"run {place.runs}/first: {STEPS} steps in " in printed["first"].splitlines()[-1]
     assert (place.runs / "first" / "loss.png").stat().st_size > 1000
+
+
+def test_the_metrics_are_those_of_the_runs_file(
+    printed: dict[str, str], place: Place, scraped: list[Scrape], started: float
+) -> None:
+    records = read_metrics(locate(place.runs / "first"))
+
+    def seen(name: str) -> set[float]:
+        return {value for one in scraped for value in one.values(f"ray_mqwen_train_{name}", run="first")}
+
+    for field in ("step", "loss", "learning_rate", "gradient_norm"):
+        assert seen(field)
+        assert seen(field) <= {record[field] for record in records}
+    for field in ("positions", "tokens", "images"):  # what came out is the sum up to some step
+        assert seen(f"{field}_total")
+        assert seen(f"{field}_total") <= set(accumulate(record[field] for record in records))
+    assert max(seen("step_seconds_count")) in range(1, STEPS + 1)
+    assert 0 < max(seen("data_wait_seconds_total")) <= sum(record["data_wait"] for record in records)
+    assert all(started < moment < time.time() for moment in seen("last_checkpoint_timestamp_seconds"))
+    assert max(seen("checkpoint_seconds_count")) in range(1, STEPS // EVERY + 1)
+    assert seen("worker_group_starts_total") == {1}
+
+    read = scrape_until(
+        place.shell.ray_folder, lambda one: one.total("ray_mqwen_data_rows_total", dataset="data") >= 3 * STEPS
+    )
+    assert read.total("ray_mqwen_data_samples_total", dataset="data") >= PICTURES
+    assert read.total("ray_mqwen_data_read_bytes_total", dataset="data") > 100 * PICTURES
+    assert read.total("ray_mqwen_data_read_seconds_count", dataset="data") > 1
 
 
 def test_another_seed_prints_other_losses(printed: dict[str, str]) -> None:
@@ -122,6 +164,10 @@ def test_a_killed_run_goes_on_with_the_same_losses(printed: dict[str, str], plac
         assert process.wait(60) == 0, again
     assert again.count("resumed from") == 2
     assert losses(again) == {step: loss for step, loss in expected.items() if step > start}
+    scrape_until(
+        place.shell.ray_folder,
+        lambda one: one.total("ray_mqwen_train_worker_group_starts_total", run="killed") == 3,
+    )
     records = read_metrics(locate(place.runs / "killed"))
     assert [f"{record['loss']:.6f}" for record in records] == list(expected.values())
 

@@ -36,6 +36,6 @@ class LocalBackend:
 
 @pytest.fixture(scope="session")
 def replica(artifact: Path) -> Iterator[ModelReplica]:
-    replica = ModelReplica(str(artifact), gpu=False)
+    replica = ModelReplica(str(artifact), "tiny", gpu=False)
     yield replica
     asyncio.run(replica.engine.drain())
