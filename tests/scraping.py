@@ -1,4 +1,4 @@
-"""A cluster's metrics as Prometheus gets them: from the addresses that Ray writes for it, by HTTP, with its parser."""
+"""A cluster's metrics as Prometheus gets them: by HTTP from each node, read by its client's parser."""
 
 import json
 import threading
@@ -6,59 +6,79 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 
+from mqwen.telemetry.catalogue import METRICS
+
 # Ray reports each ten seconds, if it is not told otherwise; a second is its least.
 FAST = {"RAY_metrics_report_interval_ms": "1000"}
-LIMIT = 60  # seconds that a value may take to arrive
+LIMIT = 60  # seconds that addresses or a value may take to come
+
+
+def discovered(ray_folder: Path) -> list[str]:
+    """The addresses that Ray writes for Prometheus. `ray_folder` is the cluster's RAY_TMPDIR."""
+    file, deadline = ray_folder / "ray" / "prom_metrics_service_discovery.json", time.monotonic() + LIMIT
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} does not come"
+        time.sleep(0.1)
+    return [target for group in json.loads(file.read_text()) for target in group["targets"]]
 
 
 class Scrape:
-    """What all targets gave at one moment."""
+    """Our metrics at all addresses at one moment."""
 
     def __init__(self, families: list[Family]) -> None:
-        self.families = {family.name: family for family in families}
+        self._families = families
 
-    def values(self, name: str, **labels: str) -> list[float]:
-        """The values of the series of that name that have these labels."""
-        samples = [sample for family in self.families.values() for sample in family.samples]
-        return [s.value for s in samples if s.name == name and labels.items() <= s.labels.items()]
+    def declared(self) -> set[tuple[str, str, str]]:
+        """Names, kinds and help, as `declared` below has them."""
+        return {(family.name, family.type, family.documentation) for family in self._families}
+
+    def values(self, name: str, least: float = 0, **labels: str) -> list[float]:
+        """The values of the series of that name with these labels; of buckets those from `least` on."""
+        samples = [sample for family in self._families for sample in family.samples]
+        found = [one for one in samples if one.name == name and labels.items() <= one.labels.items()]
+        return [one.value for one in found if float(one.labels.get("le", "inf")) >= least]
 
     def total(self, name: str, **labels: str) -> float:
         return sum(self.values(name, **labels))
 
 
-def scrape(ray_folder: Path) -> Scrape:
-    """`ray_folder` is the cluster's RAY_TMPDIR."""
-    found = json.loads((ray_folder / "ray" / "prom_metrics_service_discovery.json").read_text())
+def declared(area: ModuleType) -> set[tuple[str, str, str]]:
+    """An area's metrics, as the parser names them: it takes a counter's _total away."""
+    return {(metric.exported.removesuffix("_total"), metric.kind, metric.help) for metric in METRICS[area]}
+
+
+def scrape(addresses: list[str]) -> Scrape:
     families = []
-    for target in (target for group in found for target in group["targets"]):
-        response = httpx.get(f"http://{target}/metrics").raise_for_status()
-        families += [one for one in text_string_to_metric_families(response.text) if "mqwen" in one.name]
+    for address in addresses:
+        with suppress(httpx.TransportError):  # Ray names an autoscaler's address, which no one serves here
+            text = httpx.get(f"http://{address}/metrics").raise_for_status().text
+            families += [one for one in text_string_to_metric_families(text) if one.name.startswith("ray_mqwen_")]
     return Scrape(families)
 
 
-def scrape_until(ray_folder: Path, condition: Callable[[Scrape], bool]) -> Scrape:
+def scrape_until(addresses: list[str], condition: Callable[[Scrape], bool]) -> Scrape:
     deadline = time.monotonic() + LIMIT
-    while not condition(found := scrape(ray_folder)):
-        assert time.monotonic() < deadline, {name: family.samples for name, family in found.families.items()}
+    while not condition(found := scrape(addresses)):
+        assert time.monotonic() < deadline, [family.samples for family in found._families]
         time.sleep(0.2)
     return found
 
 
 @contextmanager
-def scraped_meanwhile(ray_folder: Path) -> Iterator[list[Scrape]]:
-    """Scrapes again and again while the block runs, as gauges are there only as long as who sets them."""
+def scraped_meanwhile(addresses: list[str]) -> Iterator[list[Scrape]]:
+    """Scrapes again and again while the block runs: gauges are there only as long as who sets them."""
     found: list[Scrape] = []
     ended = threading.Event()
 
     def run() -> None:
         while not ended.wait(0.5):
-            with suppress(OSError, httpx.TransportError):  # the addresses come some seconds after the cluster
-                found.append(scrape(ray_folder))
+            found.append(scrape(addresses))
 
     thread = threading.Thread(target=run)
     thread.start()

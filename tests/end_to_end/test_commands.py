@@ -16,9 +16,10 @@ import pytest
 from mqwen.data.manifest import read_manifest
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.storage import locate
+from mqwen.telemetry import reading, training
 from mqwen.train.report import read_metrics
 from tests.end_to_end.commands import SMALL, Shell, read_until, shell
-from tests.scraping import FAST, Scrape, scrape_until, scraped_meanwhile
+from tests.scraping import FAST, Scrape, declared, discovered, scrape_until, scraped_meanwhile
 
 PICTURES = 300
 STEPS = 60
@@ -90,7 +91,7 @@ def scraped() -> list[Scrape]:
 def printed(place: Place, scraped: list[Scrape], started: float) -> dict[str, str]:
     """What two undisturbed runs of unlike seeds print."""
     shorter = ["--seed", 1, "--steps", 1, "--parallel.workers", 1]
-    with scraped_meanwhile(place.shell.ray_folder) as found:
+    with scraped_meanwhile(discovered(place.shell.ray_folder)) as found:
         first = place.shell.done(*place.command("first"))
     scraped += found
     return {"first": first, "other": place.shell.done(*place.command("other", *shorter))}
@@ -125,9 +126,12 @@ def test_the_metrics_are_those_of_the_runs_file(
     assert all(started < moment < time.time() for moment in seen("last_checkpoint_timestamp_seconds"))
     assert max(seen("checkpoint_seconds_count")) in range(1, STEPS // EVERY + 1)
     assert seen("worker_group_starts_total") == {1}
+    names = set[tuple[str, str, str]]().union(*(one.declared() for one in scraped))
+    assert declared(training) <= names <= declared(training) | declared(reading)
 
     read = scrape_until(
-        place.shell.ray_folder, lambda one: one.total("ray_mqwen_data_rows_total", dataset="data") >= 3 * STEPS
+        discovered(place.shell.ray_folder),
+        lambda one: one.total("ray_mqwen_data_rows_total", dataset="data") >= 3 * STEPS,
     )
     assert read.total("ray_mqwen_data_samples_total", dataset="data") >= PICTURES
     assert read.total("ray_mqwen_data_read_bytes_total", dataset="data") > 100 * PICTURES
@@ -165,7 +169,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(printed: dict[str, str], plac
     assert again.count("resumed from") == 2
     assert losses(again) == {step: loss for step, loss in expected.items() if step > start}
     scrape_until(
-        place.shell.ray_folder,
+        discovered(place.shell.ray_folder),
         lambda one: one.total("ray_mqwen_train_worker_group_starts_total", run="killed") == 3,
     )
     records = read_metrics(locate(place.runs / "killed"))

@@ -30,7 +30,7 @@ from mqwen.model.chat import encode_chat
 from mqwen.telemetry import serving
 from serve.keys import ENVIRONMENT, hash_key
 from tests.engine.tiny import generate_alone, picture
-from tests.scraping import FAST, Scrape, scrape_until
+from tests.scraping import FAST, Scrape, declared, discovered, scrape_until
 
 KEY = "sk-service"
 
@@ -211,26 +211,20 @@ def test_the_metrics_are_those_of_the_requests(service: Service, client: openai.
             for name, replicas in (("tiny", 1), ("narrow", 2))
         )
 
-    found = scrape_until(service.folder, lambda found: values(found) == expected and at_rest(found))
+    addresses = discovered(service.folder)
+    found = scrape_until(addresses, lambda found: values(found) == expected and at_rest(found))
+    assert found.declared() == declared(serving)
     errors = [("401", "invalid_api_key"), ("404", "model_not_found"), ("400", "context_length_exceeded")]
     for status, code in errors:
         assert found.total("ray_mqwen_request_errors_total", model_name="tiny", status=status, code=code) == 1
     reason = whole.choices[0].finish_reason
     assert found.total("ray_mqwen_request_success_total", model_name="tiny", finished_reason=reason) == 2
     # Seconds: both requests are in the buckets up to the time that the client waited.
-    bounds = serving.E2E_REQUEST_LATENCY_SECONDS.buckets
-    bound = next(bound for bound in bounds if bound >= longest)
+    bound = next(bound for bound in serving.E2E_REQUEST_LATENCY_SECONDS.buckets if bound >= longest)
     for name in ("e2e_request_latency", "time_to_first_token", "request_queue_time"):
-        family = found.families[f"ray_mqwen_{name}_seconds"]
-        counts = [
-            sample.value
-            for sample in family.samples
-            if sample.name.endswith("_bucket")
-            and sample.labels["model_name"] == "tiny"
-            and float(sample.labels["le"]) >= bound
-        ]
-        assert counts
-        assert max(counts) == min(counts) == 2
+        buckets = found.values(f"ray_mqwen_{name}_seconds_bucket", bound, model_name="tiny")
+        assert buckets
+        assert set(buckets) == {2}
 
 
 def test_a_conversation_with_pictures(client: openai.OpenAI, expected: Callable[..., str | None]) -> None:

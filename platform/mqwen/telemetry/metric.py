@@ -115,9 +115,10 @@ class _Keeper:
     def _run(self) -> None:
         while True:
             time.sleep(KEEP)
-            with self._lock:
-                for (gauge, labels), value in self._gauges.items():
-                    gauge.set(value(), dict(labels))
+            if ray.is_initialized():
+                with self._lock:
+                    for (gauge, labels), value in self._gauges.items():
+                        gauge.set(value(), dict(labels))
 
 
 _made: dict[str, Any] = {}
