@@ -58,7 +58,8 @@ def scrape(addresses: list[str]) -> Scrape:
     for address in addresses:
         with suppress(httpx.TransportError):  # Ray names an autoscaler's address, which no one serves here
             text = httpx.get(f"http://{address}/metrics").raise_for_status().text
-            families += [one for one in text_string_to_metric_families(text) if one.name.startswith("ray_mqwen_")]
+            ours = "\n".join(line for line in text.splitlines() if "ray_mqwen_" in line)  # parsing all takes long
+            families += text_string_to_metric_families(ours)
     return Scrape(families)
 
 
@@ -77,7 +78,7 @@ def scraped_meanwhile(addresses: list[str]) -> Iterator[list[Scrape]]:
     ended = threading.Event()
 
     def run() -> None:
-        while not ended.wait(0.5):
+        while not ended.wait(1):
             found.append(scrape(addresses))
 
     thread = threading.Thread(target=run)
