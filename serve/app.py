@@ -34,4 +34,4 @@ def build(arguments: dict[str, Any]) -> Application:
     )
     # The ingress waits more than it computes: a fraction of a core, and no limit of its own before the replicas'.
     ingress = serve.deployment(Ingress, ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1024)
-    return ingress.bind(replicas.bind(settings.checkpoint, settings.gpus > 0), policy)
+    return ingress.bind(replicas.bind(settings.checkpoint, settings.model, settings.gpus > 0), policy)

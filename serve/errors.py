@@ -12,6 +12,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from mqwen.engine.request import EngineClosedError
+from mqwen.telemetry import serving
 
 logger = logging.getLogger("ray.serve")
 
@@ -32,12 +33,19 @@ class ApiError(HTTPException):
         super().__init__(status, message, headers)
         self.param, self.code = param, code
 
+    @property
+    def kind(self) -> str:
+        return TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
+
     def body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
-        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.detail, "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status_code, self.headers)
+
+    def emit(self, model: str) -> None:
+        """To be called where it is sent."""
+        serving.REQUEST_ERRORS.add(model_name=model, status=str(self.status_code), code=self.code or self.kind)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -60,9 +68,11 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "The server failed on this request. Its log has the cause.", code="internal_error")
 
 
-def add_error_handlers(app: FastAPI) -> None:
+def add_error_handlers(app: FastAPI, model: str) -> None:
     async def answer(_: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+        answered = as_api_error(error)
+        answered.emit(model)
+        return answered.response()
 
     for kind in (StarletteHTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, answer)

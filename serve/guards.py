@@ -9,10 +9,10 @@ PUBLIC = frozenset({"/health", "/ready"})  # probes carry no key, and learn noth
 
 
 class Guards:
-    """ASGI middleware. hashes: SHA-256 of the keys that may enter; None lets everybody in."""
+    """ASGI middleware. hashes: SHA-256 of the keys that may enter; None lets everybody in. model: for telemetry."""
 
-    def __init__(self, app: ASGIApp, *, hashes: frozenset[str] | None, max_body_bytes: int) -> None:
-        self._app, self._hashes, self._max_body_bytes = app, hashes, max_body_bytes
+    def __init__(self, app: ASGIApp, *, model: str, hashes: frozenset[str] | None, max_body_bytes: int) -> None:
+        self._app, self._model, self._hashes, self._max_body_bytes = app, model, hashes, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -21,6 +21,7 @@ class Guards:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = self._refusal(scope["path"], headers)
         if refusal is not None:
+            refusal.emit(self._model)
             await refusal.response()(scope, receive, send)
         else:
             await self._app(scope, self._counted(receive), send)

@@ -5,6 +5,7 @@ It holds no model. `Backend` is what it needs of a replica: a Serve handle in th
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.middleware import Middleware
 
 from mqwen.engine.request import RequestError, TokenEvent
+from mqwen.telemetry import serving
 from serve.errors import ApiError, add_error_handlers, as_api_error
 from serve.guards import Guards
 from serve.replica import ChatTask
@@ -84,9 +86,9 @@ class Ingress:
 
 def create_app(backend: Backend, policy: Policy) -> FastAPI:
     model = policy.model
-    guards = Middleware(Guards, hashes=policy.key_hashes, max_body_bytes=policy.max_body_bytes)
+    guards = Middleware(Guards, model=model, hashes=policy.key_hashes, max_body_bytes=policy.max_body_bytes)
     app = FastAPI(title="mqwen", docs_url=None, redoc_url=None, middleware=[guards])
-    add_error_handlers(app)
+    add_error_handlers(app, model)
     card = {"id": model, "object": "model", "created": 0, "owned_by": "mqwen"}
 
     @app.get("/health")
@@ -94,11 +96,11 @@ def create_app(backend: Backend, policy: Policy) -> FastAPI:
         """Live: this process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready")
-    async def ready() -> dict[str, str]:
-        """Ready: a model replica answers too."""
+    @app.get("/ready", response_model=None)
+    async def ready() -> dict[str, str] | JSONResponse:
+        """Ready: a model replica answers too. If not, that is no failed request, so nothing is raised."""
         if not await backend.is_ready():
-            raise ApiError(503, "No model replica is ready.", code="not_ready", retry_after=1)
+            return ApiError(503, "No model replica is ready.", code="not_ready", retry_after=1).response()
         return {"status": "ready"}
 
     @app.get("/v1/models")
@@ -115,7 +117,7 @@ def create_app(backend: Backend, policy: Policy) -> FastAPI:
         _check_model(body.model, model)
         task, fields = _task(body, policy.max_pictures)
         reply = Reply(f"chatcmpl-{request.headers.get('x-request-id') or uuid4().hex}", model)
-        events = _answer(backend, task, fields)
+        events = _answer(backend, task, fields, model)
         if body.stream:
             try:
                 first = await anext(events)  # what is wrong with the request shows here, while a status can be sent
@@ -174,15 +176,17 @@ def _task(body: ChatCompletionRequest, max_pictures: int) -> tuple[ChatTask, dic
     return task, fields
 
 
-async def _answer(backend: Backend, task: ChatTask, fields: dict[str, str]) -> AsyncGenerator[TokenEvent]:
+async def _answer(backend: Backend, task: ChatTask, fields: dict[str, str], model: str) -> AsyncGenerator[TokenEvent]:
     """The backend's events. What it fails with becomes an ApiError here, refusals in this API's words.
 
     Not in a handler of the app: Serve replaces handlers for its own errors by some that answer in plain text.
     """
+    started = time.perf_counter()
     async with aclosing(backend.generate(task)) as events:
         try:
             async for event in events:
                 yield event
+            serving.E2E_REQUEST_LATENCY_SECONDS.observe(time.perf_counter() - started, model_name=model)
         except RequestError as error:
             param = fields.get(error.param or "", "messages")
             raise ApiError(400, error.message, param=param, code=error.code) from error
@@ -205,6 +209,7 @@ async def _stream(
         if with_usage:
             yield _sse(reply.usage_chunk(_usage(event)))
     except ApiError as error:
+        error.emit(reply.model)
         yield _sse(error.body())
     yield "data: [DONE]\n\n"
 

@@ -28,12 +28,13 @@ class ChatTask:
 
 
 class ModelReplica:
-    """checkpoint: an artifact; replicas on one node share a copy. gpu: whether Serve gave this replica a GPU.
+    """checkpoint: an artifact; replicas on one node share a copy. model_name: as clients ask for it. gpu: whether Serve
+    gave this replica one.
 
     Serve itself waits for running requests before it ends a replica, and calls `check_health`.
     """
 
-    def __init__(self, checkpoint: Location, gpu: bool) -> None:
+    def __init__(self, checkpoint: Location, model_name: str, gpu: bool) -> None:
         # Imported here: the driver and the ingress import this module, and need no torch.
         from mqwen.engine.engine import Engine, EngineSettings
         from mqwen.model import MQWenLMHeadModel, MQWenProcessor
@@ -42,7 +43,7 @@ class ModelReplica:
         processor = MQWenProcessor.from_pretrained(folder)
         model = MQWenLMHeadModel.from_pretrained(folder).eval()
         self._tokenizer = processor.tokenizer
-        self.engine = Engine(model.to("cuda") if gpu else model, processor, EngineSettings())
+        self.engine = Engine(model.to("cuda") if gpu else model, processor, EngineSettings(model_name))
 
     async def generate(self, task: ChatTask) -> AsyncGenerator[TokenEvent | RequestError]:
         """Token events. A refused request is an item, not an exception, which Serve would log as a failure of ours."""

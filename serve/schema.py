@@ -155,6 +155,7 @@ class Reply:
     """The JSON objects of one answer: the whole of it, or chunk by chunk."""
 
     def __init__(self, completion_id: str, model: str) -> None:
+        self.model = model
         self._head = {"id": completion_id, "created": int(time.time()), "model": model}
 
     def completion(self, text: str, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from mqwen.model import MQWenProcessor, MQWenTokenizer
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
 from tests.data.making import WORDS
+from tests.scraping import FAST
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,8 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in FAST.items():
+            patch.setenv(name, value)
         import ray
 
         folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets lie in it

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,7 +23,9 @@ from mqwen.data.reader import WindowReader
 from mqwen.data.stream import OrderedSplit, Stream
 from mqwen.model import MQWenProcessor
 from mqwen.storage import locate
+from mqwen.telemetry import reading
 from tests.data.making import IMAGE_POSITIONS, random_sample, write_dataset
+from tests.scraping import declared, scrape_until
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -147,6 +150,33 @@ def test_killed_readers_change_nothing(stream: Stream, plain: list[Batch]) -> No
 
     assert digest(dealt(consume(replace(stream, rows=5000), 2, ROWS, on_row=kill))) == digest(plain)
     assert killed
+
+
+def test_the_metrics_are_those_of_the_rows(tmp_path: Path, processor: MQWenProcessor) -> None:
+    samples = [random_sample(seed) for seed in range(60)]
+    samples[9].pictures[0] = b"no picture"
+    dataset = write_dataset(tmp_path / "measured", processor, samples)
+    order = Order(read_manifest(dataset), SETTINGS)
+    (rows,) = consume(Stream(dataset, order, processor, rows=ROWS), 1, ROWS)
+    reasons = Counter(reason.split(":")[0] for row in rows for reason in row.quarantined.values())
+    assert reasons.keys() == {"picture", "too long"}
+
+    (node,) = ray.nodes()
+    found = scrape_until(
+        [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"],
+        lambda one: (
+            one.total("ray_mqwen_data_rows_total", dataset="measured") >= ROWS
+            and one.total("ray_mqwen_data_quarantined_samples_total", dataset="measured") == reasons.total()
+        ),
+    )
+    assert found.declared() == declared(reading)
+    for reason, count in reasons.items():
+        assert found.total("ray_mqwen_data_quarantined_samples_total", dataset="measured", reason=reason) == count
+    taken = sum(len(row.keys) + len(row.quarantined) for row in rows)
+    assert found.total("ray_mqwen_data_samples_total", dataset="measured") >= taken
+    shards = sum(shard.nbytes for shard in order.manifest.shards)
+    assert found.total("ray_mqwen_data_read_bytes_total", dataset="measured") > shards / 2
+    assert found.total("ray_mqwen_data_read_seconds_count", dataset="measured") >= len(order.manifest.shards)
 
 
 def test_too_many_bad_samples_stop_the_run(stream: Stream) -> None:

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from tests.end_to_end.commands import ROOT, Shell, shell
+from tests.scraping import FAST
 
 BIN = Path(sys.executable).parent
 
@@ -69,7 +70,7 @@ def cluster() -> Iterator[Cluster]:
     with shell() as found, pytest.MonkeyPatch.context() as patch:
         keys["AWS_ENDPOINT_URL"] = endpoint
         path = {"PATH": f"{BIN}:{os.environ['PATH']}"}  # a submitted job is run with the nodes' `python`
-        found.variables = token | keys | path
+        found.variables = token | keys | path | FAST
         asking = {"Authorization": f"Bearer {token['RAY_AUTH_TOKEN']}"}
 
         def start(*words: str) -> None:

@@ -8,8 +8,10 @@ import re
 import secrets
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import openai
@@ -21,11 +23,13 @@ from mqwen.data.manifest import read_manifest
 from mqwen.demo.serving import served
 from mqwen.demo.stages import Stages
 from mqwen.storage import locate
+from mqwen.telemetry import reading, training
 from mqwen.train.checkpoint import committed
 from mqwen.train.provenance import last_start
 from mqwen.train.report import read_metrics
 from tests.end_to_end.commands import ROOT, SMALL, read_until
 from tests.end_to_end.nodes import Cluster, cluster
+from tests.scraping import Scrape, declared, discovered, scrape_until, scraped_meanwhile
 
 PICTURES = 120
 STEPS = 40
@@ -88,11 +92,24 @@ def losses(output: str) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def submitted(place: Place) -> str:
+def started() -> float:
+    return time.time()
+
+
+@pytest.fixture(scope="module")
+def scraped() -> list[Scrape]:
+    """What the cluster's metrics were during the first run."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def submitted(place: Place, scraped: list[Scrape], started: float) -> str:
     """What `ray job submit` prints of an undisturbed run."""
-    job = place.cluster.submit("python", *place.options("first"))
+    with scraped_meanwhile(discovered(place.cluster.shell.ray_folder)) as found:
+        job = place.cluster.submit("python", *place.options("first"))
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout
+    scraped += found
     return job.stdout
 
 
@@ -119,6 +136,37 @@ def test_without_the_token_nothing_is_taken(nodes: Cluster) -> None:
     assert "401" in job.stderr or "403" in job.stderr, job.stderr
 
 
+def test_the_metrics_are_those_of_the_runs_file(
+    submitted: str, place: Place, scraped: list[Scrape], started: float
+) -> None:
+    records = read_metrics(locate(place.runs) / "first")
+
+    def seen(name: str) -> set[float]:
+        return {value for one in scraped for value in one.values(f"ray_mqwen_train_{name}", run="first")}
+
+    for field in ("step", "loss", "learning_rate", "gradient_norm"):
+        assert seen(field)
+        assert seen(field) <= {record[field] for record in records}
+    for field in ("positions", "tokens", "images"):  # what came out is the sum up to some step
+        assert seen(f"{field}_total")
+        assert seen(f"{field}_total") <= set(accumulate(record[field] for record in records))
+    assert max(seen("step_seconds_count")) in range(1, STEPS + 1)
+    assert 0 < max(seen("data_wait_seconds_total")) <= sum(record["data_wait"] for record in records)
+    assert all(started < moment < time.time() for moment in seen("last_checkpoint_timestamp_seconds"))
+    assert max(seen("checkpoint_seconds_count")) in range(1, STEPS // EVERY + 1)
+    assert seen("worker_group_starts_total") == {1}
+    names = set[tuple[str, str, str]]().union(*(one.declared() for one in scraped))
+    assert declared(training) <= names <= declared(training) | declared(reading)
+
+    read = scrape_until(
+        discovered(place.cluster.shell.ray_folder),
+        lambda one: one.total("ray_mqwen_data_rows_total", dataset="data") >= 3 * STEPS,
+    )
+    assert read.total("ray_mqwen_data_samples_total", dataset="data") >= PICTURES
+    assert read.total("ray_mqwen_data_read_bytes_total", dataset="data") > 100 * PICTURES
+    assert read.total("ray_mqwen_data_read_seconds_count", dataset="data") > 1
+
+
 def test_a_killed_run_goes_on_with_the_same_losses(submitted: str, place: Place) -> None:
     """SIGKILL of the whole job, then of one of the two workers that go on in its place."""
     expected, shell = losses(submitted), place.cluster.shell
@@ -143,6 +191,10 @@ def test_a_killed_run_goes_on_with_the_same_losses(submitted: str, place: Place)
         assert process.wait(60) == 0, again
     assert again.count("resumed from") == 2
     assert losses(again) == {step: loss for step, loss in expected.items() if step > start}
+    scrape_until(
+        discovered(place.cluster.shell.ray_folder),
+        lambda one: one.total("ray_mqwen_train_worker_group_starts_total", run="killed") == 3,
+    )
     records = read_metrics(locate(place.runs) / "killed")
     assert [f"{record['loss']:.6f}" for record in records] == list(expected.values())
 

@@ -37,6 +37,6 @@ class LocalBackend:
 
 @pytest.fixture(scope="session")
 def replica(artifact: Path) -> Iterator[ModelReplica]:
-    replica = ModelReplica(locate(artifact), gpu=False)
+    replica = ModelReplica(locate(artifact), "tiny", gpu=False)
     yield replica
     asyncio.run(replica.engine.drain())

@@ -27,8 +27,10 @@ from ray import serve
 
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.chat import encode_chat
+from mqwen.telemetry import serving
 from serve.keys import ENVIRONMENT, hash_key
 from tests.engine.tiny import generate_alone, picture
+from tests.scraping import FAST, Scrape, declared, discovered, scrape_until
 
 KEY = "sk-service"
 
@@ -78,7 +80,7 @@ def service(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets lie in it
     config = folder / "config.yaml"  # JSON is YAML
     config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": applications}))
-    own = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"} | FAST
     log = tmp_path_factory.mktemp("service") / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -167,6 +169,62 @@ def asked(number: int) -> list[dict[str, Any]]:
 
 def plain(number: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which digit?"}]}]
+
+
+def test_the_metrics_are_those_of_the_requests(service: Service, client: openai.OpenAI) -> None:
+    """The first test of this file: nothing has been asked before."""
+    options: dict[str, Any] = {"model": "tiny", "messages": asked(4), "max_tokens": 6, "temperature": 0}
+    begun = time.monotonic()
+    whole = client.chat.completions.create(**options)
+    *_, last = client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    longest = time.monotonic() - begun
+    assert whole.usage is not None
+    assert whole.usage == last.usage
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(**options | {"model": "other"})
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="sk-wrong").models.list()
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**options | {"max_tokens": 10_000}, stream=True)
+
+    tokens = 2 * whole.usage.completion_tokens
+    expected = {
+        "request_success_total": 2,
+        "prompt_tokens_total": 2 * whole.usage.prompt_tokens,
+        "generation_tokens_total": tokens,
+        "request_queue_time_seconds_count": 2,
+        "time_to_first_token_seconds_count": 2,
+        "inter_token_latency_seconds_count": tokens - 2,
+        "e2e_request_latency_seconds_count": 2,
+        "request_errors_total": 3,
+    }
+
+    def values(found: Scrape) -> dict[str, float]:
+        return {name: found.total(f"ray_mqwen_{name}", model_name="tiny") for name in expected}
+
+    def at_rest(found: Scrape) -> bool:
+        """Each replica says so, the other application's two as well."""
+        gauges = ("ray_mqwen_num_requests_running", "ray_mqwen_num_requests_waiting")
+        return all(
+            found.values(gauge, model_name=name) == [0] * replicas
+            for gauge in gauges
+            for name, replicas in (("tiny", 1), ("narrow", 2))
+        )
+
+    addresses = discovered(service.folder)
+    found = scrape_until(addresses, lambda found: values(found) == expected and at_rest(found))
+    assert found.declared() == declared(serving)
+    errors = [("401", "invalid_api_key"), ("404", "model_not_found"), ("400", "context_length_exceeded")]
+    for status, code in errors:
+        assert found.total("ray_mqwen_request_errors_total", model_name="tiny", status=status, code=code) == 1
+    reason = whole.choices[0].finish_reason
+    assert found.total("ray_mqwen_request_success_total", model_name="tiny", finished_reason=reason) == 2
+    # Seconds: both requests are in the buckets up to the time that the client waited.
+    bound = next(bound for bound in serving.E2E_REQUEST_LATENCY_SECONDS.buckets if bound >= longest)
+    for name in ("e2e_request_latency", "time_to_first_token", "request_queue_time"):
+        buckets = found.values(f"ray_mqwen_{name}_seconds_bucket", bound, model_name="tiny")
+        assert buckets
+        assert set(buckets) == {2}
 
 
 def test_a_conversation_with_pictures(client: openai.OpenAI, expected: Callable[..., str | None]) -> None:

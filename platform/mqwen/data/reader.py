@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from mqwen.data.row import Entry, RowBuilder
 from mqwen.data.sample import Sample, read_sample
 from mqwen.model import MQWenProcessor
 from mqwen.storage import Location, TruncatedFileError
+from mqwen.telemetry import reading
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class WindowReader:
         for n in range(self.start.row if number == 0 else 0, len(plan.rows)):
             packs = [[Entry(plan.samples[i], samples.read(plan.samples[i])) for i in pack] for pack in plan.rows[n]]
             too_long = [plan.samples[i] for i in plan.too_long[n]]
-            yield builder.build(packs, too_long, Position(epoch, window, n), self.start)
+            row = builder.build(packs, too_long, Position(epoch, window, n), self.start)
+            reading.ROWS.add(dataset=self.dataset.name)
+            reading.SAMPLES.add(sum(map(len, packs)) + len(too_long), dataset=self.dataset.name)
+            yield row
 
 
 @lru_cache(maxsize=64)
@@ -78,7 +83,11 @@ def _read_run(dataset: Location, run: list[Place]) -> tuple[int, bytes]:
     """Offset and bytes of a run; fewer bytes where the shard was cut short, whose samples are then unreadable."""
     first = min(place.offset for place in run)
     length = max(place.offset + place.nbytes for place in run) - first
+    started = time.perf_counter()
     try:
-        return first, (dataset / f"{run[0].shard.name}.tar").read_range(first, length)
+        data = (dataset / f"{run[0].shard.name}.tar").read_range(first, length)
     except TruncatedFileError as error:
-        return first, error.data
+        data = error.data
+    reading.READ_SECONDS.observe(time.perf_counter() - started, dataset=dataset.name)
+    reading.READ_BYTES.add(len(data), dataset=dataset.name)
+    return first, data

@@ -31,6 +31,7 @@ from mqwen.data.row import RowBuilder
 from mqwen.data.windows import Windows
 from mqwen.model import MQWenProcessor
 from mqwen.storage import Location
+from mqwen.telemetry import reading
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,8 @@ class Stream:
             bad |= row.quarantined
             for key, reason in row.quarantined.items():
                 logger.warning("sample %s is left out: %s", key, reason)
+                kind = reason.partition(":")[0]  # SampleError.reason
+                reading.QUARANTINED_SAMPLES.add(dataset=self.dataset.name, reason=kind)
             if len(bad) > max(1, max_bad * seen):
                 listed = "; ".join(f"{key}: {reason}" for key, reason in list(bad.items())[:20])
                 raise DataError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mqwen.engine.batch import Batch
+from mqwen.engine.observer import Observer
 from mqwen.engine.pictures import PictureEncoder
 from mqwen.engine.request import (
     ContextLengthError,
@@ -44,9 +45,10 @@ class EngineSettings:
     """max_length: most positions of a sequence, prompt and answer; None is the model's seq_length.
 
     max_batch_positions bounds the cache: rows of a batch × the longest row. picture_cache_bytes bounds the features
-    kept of pictures seen before.
+    kept of pictures seen before. model_name: what metrics call the model.
     """
 
+    model_name: str = "model"
     max_length: int | None = None
     max_batch_size: int = 32
     max_batch_positions: int = 65536
@@ -96,6 +98,8 @@ class Engine:
         self._failures = 0  # batches that failed one after the other
         self._closing = False
         self._changed = threading.Condition()  # guards what both sides touch: _loading, _waiting, _closing
+        self._observer = Observer(settings.model_name)
+        self._observer.follow(waiting=lambda: self.stats().waiting, running=lambda: self.stats().running)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -228,6 +232,7 @@ class Engine:
         """The engine's thread."""
         while sequences := self._next_batch():
             try:
+                self._observer.batch(sequences)
                 self._decode(Batch(self._model, sequences))
                 self._failures = 0
             except Exception:
@@ -266,6 +271,7 @@ class Engine:
                 sequence.add(token, self._stop_ids)
                 self._counts["tokens"] += 1
                 self._counts["finished"] += sequence.finish_reason is not None
+            self._observer.step(batch.sequences)
             self._end_aborted(batch)
             if not batch.keep_running():
                 return
@@ -277,6 +283,7 @@ class Engine:
             if sequence.aborted and sequence.finish_reason is None:
                 sequence.end_aborted()
                 self._counts["aborted"] += 1
+                self._observer.end(sequence)
 
 
 async def _whole(sequence: Sequence) -> TokenEvent | RequestError:

@@ -1,6 +1,7 @@
 """One request on its way through the engine."""
 
 import asyncio
+import time
 from random import Random
 
 from mqwen.engine.pictures import Picture
@@ -11,7 +12,8 @@ from mqwen.engine.text import TextStream
 class Sequence:
     """State of one request. Made on its event loop; once it waits, the engine's thread changes it, `aborted` apart.
 
-    prompt_tokens: positions of the prompt, pictures expanded. limit: most tokens to generate.
+    prompt_tokens: positions of the prompt, pictures expanded. limit: most tokens to generate. token_seconds: what the
+    newest token took, from the one before or, the first, from the request's arrival.
     """
 
     def __init__(self, request: Request, prompt_tokens: int, limit: int, text: TextStream) -> None:
@@ -24,6 +26,8 @@ class Sequence:
         self.random = Random(request.seed)
         self.newest = 0  # the token sampled last
         self.completion_tokens = 0
+        self.arrived = self._token_at = time.perf_counter()
+        self.token_seconds = 0.0
         self.finish_reason: FinishReason | None = None
         self.aborted = False
         self._text = text
@@ -39,6 +43,8 @@ class Sequence:
         """Takes a sampled token and tells the reader; afterwards `finish_reason` says whether it was the last."""
         self.newest = token
         self.completion_tokens += 1
+        now = time.perf_counter()
+        self.token_seconds, self._token_at = now - self._token_at, now
         text = "" if token in stop_ids else self._text.push(token)
         if token in stop_ids or self._text.stopped:
             self.finish_reason = "stop"

@@ -22,6 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mqwen.errors import UserError
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, writable
+from mqwen.telemetry import training
 from mqwen.train import checkpoint
 from mqwen.train.loop import Batch, Progress
 from mqwen.train.provenance import record_start
@@ -86,6 +87,12 @@ def train_run(
     require(settings.parallel.bundle, settings.parallel.workers, settings.parallel.wait_for_resources)
     record_start(run)
     gpus = settings.parallel.gpus_per_worker
+
+    def dataset_from_checkpoint() -> ray.data.Dataset:
+        """Called at each start of the worker group: after a failure the stream starts where the checkpoint stands."""
+        training.WORKER_GROUP_STARTS.add(run=settings.name)
+        return dataset(checkpoint.progress(run))
+
     # Ray's own list of checkpoints is bound to its version and to checkpoints that are still there. Ours is the
     # committed checkpoints themselves, so every job starts with a list of its own.
     (checkpoint.folder(run) / "checkpoint_manager_snapshot.json").delete()
@@ -99,8 +106,7 @@ def train_run(
             use_gpu=bool(gpus),
             resources_per_worker=settings.parallel.bundle,
         ),
-        # Called at each start of the worker group: after a failure the stream starts where the checkpoint stands.
-        datasets={"train": lambda: dataset(checkpoint.progress(run))},
+        datasets={"train": dataset_from_checkpoint},
         dataset_config=split,
         run_config=ray.train.RunConfig(
             name=checkpoint.FOLDER,

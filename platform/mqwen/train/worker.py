@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from mqwen.model import MQWenConfig
 from mqwen.storage import Location
 from mqwen.train import checkpoint
 from mqwen.train.build import build_model
+from mqwen.train.emit import emit_checkpoint, emit_step
 from mqwen.train.loop import Batch, Progress, StepRecord, train
 from mqwen.train.settings import RunSettings
 from mqwen.train.strategy import STRATEGIES
@@ -57,15 +59,23 @@ def work(config: dict[str, Task]) -> None:
     rows = task.rows(ray.train.get_dataset_shard("train"), progress)
     metrics = _Metrics(task.run, settings, rank)
 
+    def on_step(record: StepRecord) -> None:
+        metrics.add(record)
+        if rank == 0:
+            emit_step(settings.name, record)
+
     def on_checkpoint(now: Progress) -> None:
+        started = time.perf_counter()
         metrics.write()  # first: of a committed step the metrics are there
         target = checkpoint.save(task.run, strategy.state(), now, settings)
+        if rank == 0:
+            emit_checkpoint(settings.name, time.perf_counter() - started)
         saved = ray.train.Checkpoint(target.path, target.filesystem)
         mode = ray.train.CheckpointUploadMode.NO_UPLOAD  # it is there already, committed
         ray.train.report(metrics.last, checkpoint=saved, checkpoint_upload_mode=mode)
         _say(rank, f"step {now.step}: checkpoint {target}")
 
-    train(settings, strategy, rows, task.blank, progress, metrics.add, on_checkpoint)
+    train(settings, strategy, rows, task.blank, progress, on_step, on_checkpoint)
 
 
 class _Metrics:

@@ -1,0 +1,26 @@
+"""What a run says of itself through telemetry. Rank 0 alone calls this: the values are the same on all ranks."""
+
+from __future__ import annotations
+
+import time
+
+from mqwen.telemetry import training
+from mqwen.train.loop import StepRecord
+
+
+def emit_step(run: str, record: StepRecord) -> None:
+    training.STEP.set(record.step, run=run)
+    training.LOSS.set(record.loss, run=run)
+    training.LEARNING_RATE.set(record.learning_rate, run=run)
+    training.GRADIENT_NORM.set(record.gradient_norm, run=run)
+    training.POSITIONS.add(record.positions, run=run)
+    training.TOKENS.add(record.tokens, run=run)
+    training.IMAGES.add(record.images, run=run)
+    training.DATA_WAIT_SECONDS.add(record.data_wait, run=run)
+    training.STEP_SECONDS.observe(record.seconds, run=run)
+
+
+def emit_checkpoint(run: str, seconds: float) -> None:
+    """`seconds` is what it took; it has just been committed."""
+    training.CHECKPOINT_SECONDS.observe(seconds, run=run)
+    training.LAST_CHECKPOINT_TIMESTAMP.set(time.time(), run=run)
