@@ -133,7 +133,7 @@ def test_a_submitted_run_prints_each_step_and_learns(submitted: str, place: Plac
 def test_without_the_token_nothing_is_taken(nodes: Cluster) -> None:
     job = nodes.submit("python", "jobs/pretrain.py", "--recipe", "demo", token=secrets.token_hex(32))
     assert job.returncode != 0
-    assert "401" in job.stderr or "403" in job.stderr, job.stderr
+    assert "Invalid authentication token" in job.stderr
 
 
 def test_the_metrics_are_those_of_the_runs_file(
