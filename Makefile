@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: setup demo test lint test-vllm
+.PHONY: setup demo test soak lint test-vllm
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -25,6 +25,10 @@ demo: $(STAMP)
 
 test: lint .cache/qwen.tiktoken
 	$(BIN)/python -m pytest
+
+# What takes too long for `make test`: runs that are killed, interrupted, fine-tuned.
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

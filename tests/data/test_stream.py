@@ -103,7 +103,7 @@ def test_the_plain_loop_has_all_kinds_of_rows(stream: Stream, plain: list[Batch]
     assert sorted(keys) == sorted(f"sample-{seed:04d}" for seed in range(60))
 
 
-@pytest.mark.parametrize("workers", [3, 5])
+@pytest.mark.parametrize("workers", [3, pytest.param(5, marks=pytest.mark.soak)])
 def test_the_same_rows_for_any_number_of_workers(stream: Stream, plain: list[Batch], workers: int) -> None:
     parts = consume(stream, workers, ROWS)
     assert [len(part) for part in parts] == [len(range(rank, ROWS, workers)) for rank in range(workers)]

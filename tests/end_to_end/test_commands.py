@@ -167,6 +167,7 @@ def test_the_metrics_are_those_of_the_runs_file(
     assert read.total("ray_mqwen_data_read_seconds_count", dataset="data") > 1
 
 
+@pytest.mark.soak
 def test_a_killed_run_goes_on_with_the_same_losses(submitted: str, place: Place) -> None:
     """SIGKILL of the whole job, then of one of the two workers that go on in its place."""
     expected, shell = losses(submitted), place.cluster.shell
@@ -189,7 +190,8 @@ def test_a_killed_run_goes_on_with_the_same_losses(submitted: str, place: Place)
         assert process.stdout is not None
         again += process.stdout.read()
         assert process.wait(60) == 0, again
-    assert again.count("resumed from") == 2
+    # Two nodes on one machine share their logs, and each prints every line.
+    assert len({line for line in again.splitlines() if "resumed from" in line}) == 2
     assert losses(again) == {step: loss for step, loss in expected.items() if step > start}
     scrape_until(
         discovered(place.cluster.shell.ray_folder),
@@ -199,6 +201,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(submitted: str, place: Place)
     assert [f"{record['loss']:.6f}" for record in records] == list(expected.values())
 
 
+@pytest.mark.soak
 def test_a_name_in_use_with_other_settings_is_refused(submitted: str, place: Place) -> None:
     code, output = place.cluster.shell.run(*place.options("first", "--seed", 3))
     assert code == 2
@@ -248,14 +251,15 @@ def test_the_exported_run_answers_right(artifact: str, place: Place, tmp_path: P
             assert reply.choices[0].message.content == name
 
 
+@pytest.mark.soak
 def test_an_artifact_is_fine_tuned_and_evaluated(artifact: str, submitted: str, place: Place, tmp_path: Path) -> None:
     shell = place.cluster.shell
     settings = ["--recipe", "demo-lora", "--model.init-from", artifact, *SMALL[2:], "--steps", 4]
     places = ["--data.dataset", place.dataset, "--runs", place.runs, "--name", "tuned"]
     output = shell.done("jobs/finetune.py", *settings, *places, "--log-every", 1)
-    found = re.findall(r"step (\d)/4 +loss (\S+)", output)
-    assert [step for step, _ in found] == ["1", "2", "3", "4"]
-    assert float(found[0][1]) < 0.5 * float(losses(submitted)[1])  # it starts from what was learned
+    found = dict(re.findall(r"step (\d)/4 +loss (\S+)", output))
+    assert list(found) == ["1", "2", "3", "4"]
+    assert float(found["1"]) < 0.5 * float(losses(submitted)[1])  # it starts from what was learned
 
     words = ["--run", f"{place.runs}/tuned", "--to", tmp_path / "adapter", "--form", "adapter"]
     assert shell.done("jobs/export.py", *words).splitlines()[-1] == f"{tmp_path}/adapter: the adapter of step 4"

@@ -14,7 +14,10 @@ GRACE = 10  # and after it what it started
 
 @pytest.mark.parametrize(
     ("number", "moment", "code"),
-    [(signal.SIGTERM, "== ingest", 143), (signal.SIGINT, r"step \d+/2000", 130)],
+    [
+        (signal.SIGTERM, "== ingest", 143),
+        pytest.param(signal.SIGINT, r"step \d+/2000", 130, marks=pytest.mark.soak),
+    ],
 )
 def test_an_interrupted_demo_leaves_no_process(tmp_path: Path, number: int, moment: str, code: int) -> None:
     with shell() as found:
