@@ -168,6 +168,14 @@ def test_the_metrics_are_those_of_the_runs_file(
 
 
 @pytest.mark.soak
+def test_another_seed_prints_other_losses(submitted: str, place: Place) -> None:
+    shorter = ["--seed", 1, "--steps", 1, "--parallel.workers", 1]
+    other = re.search(r"step 1/1 +loss (\S+)", place.cluster.shell.done(*place.options("other", *shorter)))
+    assert other is not None
+    assert other[1] != losses(submitted)[1]
+
+
+@pytest.mark.soak
 def test_a_killed_run_goes_on_with_the_same_losses(submitted: str, place: Place) -> None:
     """SIGKILL of the whole job, then of one of the two workers that go on in its place."""
     expected, shell = losses(submitted), place.cluster.shell
