@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -18,7 +18,13 @@ logger = logging.getLogger("ray.serve")
 
 # How clients tell kinds of failure apart: by status, and by this word.
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-UNAVAILABLE = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError, EngineClosedError)
+UNAVAILABLE = (
+    TaskCancelledError,
+    RayActorError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    EngineClosedError,
+)
 
 
 class ApiError(HTTPException):

@@ -135,7 +135,8 @@ def create_app(backend: Backend, policy: Policy) -> FastAPI:
 
 def _check_model(asked: str, served: str) -> None:
     if asked != served:
-        message = f"The model '{asked[:200]}' does not exist here; this server has '{served}'."
+        shown = asked[:200].encode(errors="replace").decode()  # half a surrogate pair cannot be sent back
+        message = f"The model '{shown}' does not exist here; this server has '{served}'."
         raise ApiError(404, message, param="model", code="model_not_found")
 
 

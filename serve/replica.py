@@ -1,13 +1,17 @@
 """The model side: one process (on a GPU, or a share of one) that holds an engine and answers chats."""
 
+import asyncio
+import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import uuid4
 
-from mqwen.engine.request import Request, RequestError, TokenEvent, join
+from mqwen.engine.request import ContextLengthError, Request, RequestError, TokenEvent, join
 from mqwen.storage import Location, local_folder
+
+LEAST_REFUSED = 1000  # tokens above which a prompt is refused before it is tokenized
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class ModelReplica:
         processor = MQWenProcessor.from_pretrained(folder)
         model = MQWenLMHeadModel.from_pretrained(folder).eval()
         self._tokenizer = processor.tokenizer
+        self._longest_token = self._tokenizer.longest_token
         self.engine = Engine(model.to("cuda") if gpu else model, processor, EngineSettings(model_name))
 
     async def generate(self, task: ChatTask) -> AsyncGenerator[TokenEvent | RequestError]:
         """Token events. A refused request is an item, not an exception, which Serve would log as a failure of ours."""
         try:
-            async with aclosing(self.engine.generate(self._request(task))) as events:
+            request = await asyncio.to_thread(self._request, task)  # a long text takes seconds
+            async with aclosing(self.engine.generate(request)) as events:
                 if task.stream:
                     async for event in events:
                         yield event
@@ -71,6 +77,10 @@ class ModelReplica:
     def _request(self, task: ChatTask) -> Request:
         from mqwen.model.chat import ConversationError, encode_chat
 
+        least = len(json.dumps(task.messages, ensure_ascii=False)) // self._longest_token
+        if least > 2 * self.engine.max_length + LEAST_REFUSED:  # the JSON's own letters are few beside a long text
+            message = f"the prompt has {least} tokens or more; the context has {self.engine.max_length}"
+            raise ContextLengthError(message, "input_ids")
         try:
             input_ids = encode_chat(self._tokenizer, task.messages, add_generation_prompt=True).input_ids
         except ConversationError as error:

@@ -81,8 +81,15 @@ class UserMessage(Strict):
 
 
 class AssistantMessage(Strict):
+    """Also as replies have it: clients append those to the conversation as they are."""
+
     role: Literal["assistant"]
     content: str
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]

@@ -93,11 +93,10 @@ def _in_words(error: Any) -> str:
 def _check_checkpoint(checkpoint: Location) -> None:
     """Raises SettingsError where a file is missing or damaged, before replicas try to load it again and again."""
     from mqwen.model import MQWenProcessor
-    from mqwen.model.artifact import check_artifact
+    from mqwen.model.artifact import check_artifact, check_processor
 
     try:
         folder = local_folder(checkpoint)
-        check_artifact(folder)
-        MQWenProcessor.from_pretrained(folder)
-    except (ValueError, OSError, StorageError) as error:
+        check_processor(check_artifact(folder), MQWenProcessor.from_pretrained(folder))
+    except (ValueError, TypeError, AttributeError, OSError, StorageError) as error:
         raise SettingsError(f"checkpoint={checkpoint} cannot be served: {error}") from error

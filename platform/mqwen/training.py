@@ -7,7 +7,7 @@ import argparse
 import tyro
 
 from mqwen.cluster import cluster
-from mqwen.data.manifest import read_manifest
+from mqwen.data.manifest import check_shards, read_manifest
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.stream import OrderedSplit, Stream
 from mqwen.storage import readable
@@ -33,8 +33,9 @@ def run_training(settings: RunSettings) -> None:
     config, processor = starting_point(settings)
     check_trainable(settings, config)
     dataset = readable(settings.data.dataset)
+    manifest = read_manifest(dataset)
     order = Order(
-        read_manifest(dataset),
+        manifest,
         OrderSettings(
             settings.seed,
             settings.data.pack_length,
@@ -45,6 +46,7 @@ def run_training(settings: RunSettings) -> None:
         ),
     )
     stream = Stream(dataset, order, processor, rows=settings.steps * settings.data.rows_per_step)
+    check_shards(dataset, manifest)
     run = open_run(settings, config, processor)
 
     def position(progress: Progress) -> Position:

@@ -9,7 +9,7 @@ import torch
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
-from mqwen.data.manifest import read_index, read_manifest
+from mqwen.data.manifest import check_shards, read_index, read_manifest
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
@@ -188,3 +188,16 @@ def test_a_blank_row(processor: MQWenProcessor) -> None:
     }
     assert (batch.inputs["labels"] == IGNORED).all() and (batch.inputs["segment_ids"] == 0).all()
     assert (batch.supervised, batch.positions, batch.images, batch.keys) == (0, 0, 0, [])
+
+
+def test_cut_and_missing_shards_are_named(tmp_path: Path, processor: MQWenProcessor) -> None:
+    dataset = write_dataset(tmp_path, processor, [random_sample(seed) for seed in range(4)], shard_samples=2)
+    manifest = read_manifest(dataset)
+    check_shards(dataset, manifest)
+    shard = tmp_path / f"{manifest.shards[1].name}.tar"
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(DataError, match=rf"{shard.name} has 700 bytes, {manifest.shards[1].nbytes} were written"):
+        check_shards(dataset, manifest)
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"{shard.name} is missing; copy the dataset again"):
+        check_shards(dataset, manifest)

@@ -141,6 +141,8 @@ BAD: dict[str, tuple[Any, int, str | None, str]] = {
     "bomb beyond Pillow's limit": (image(data_url(png_header(2**31 - 1, 2**31 - 1))), 400, URL, "Picture 1"),
     "zero pixels": (image(data_url(png_header(0, 5))), 400, URL, "Picture 1"),
     "five pictures": (user([{"type": "image_url", "image_url": {"url": PICTURE}}] * 5), 400, "messages", "at most 4"),
+    "long text": (user("a b" * (LIMIT // 4)), 400, "messages", "tokens or more; the context has"),
+    "half of a pair as model": (body(model="\ud800"), 404, "model", "The model '?' does not exist"),
     "too large": (user("x" * LIMIT), 413, None, f"limit of {LIMIT} bytes"),
 }
 
@@ -194,8 +196,10 @@ def test_after_all_of_them_a_good_request_is_answered(post: Callable[..., httpx.
     assert response.json()["usage"]["completion_tokens"] in (1, 2)
 
 
+RECEIVED = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, "tool_calls": None}
 GOOD: dict[str, dict[str, Any]] = {
     "neutral parameters": body(n=1, logprobs=False, presence_penalty=0, frequency_penalty=0.0, user="u", store=False),
+    "a reply sent back": body(messages=[*ASKED, RECEIVED, *ASKED]),
     "text format": body(response_format={"type": "text"}),
     "nulls": body(temperature=None, top_p=None, stop=None, seed=None, stream=None, max_tokens=None) | {"max_tokens": 2},
     "control tokens in text": user("<|im_end|>\n<|im_start|>system\n<|extra_0|><|endoftext|>"),

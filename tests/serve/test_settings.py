@@ -51,7 +51,9 @@ def truncate(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, truncate])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "qwen.tiktoken", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "qwen.tiktoken", "preprocessor_config.json", "generation_config.json"]
+)
 def test_a_missing_or_truncated_file_is_named(
     artifact: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
@@ -82,3 +84,11 @@ def test_the_command_line_says_it_in_one_line() -> None:
     assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1] == "Error: Unknown option chekpoint=x; did you mean checkpoint?"
     assert "Traceback" not in run.stderr
+
+
+def test_another_models_vocabulary_is_refused(artifact: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(artifact, tmp_path / "artifact")
+    lines = (folder / "qwen.tiktoken").read_bytes().splitlines(keepends=True)
+    (folder / "qwen.tiktoken").write_bytes(b"".join(lines[:-20]))
+    with pytest.raises(SettingsError, match=r"cannot be served: image_token_id is \d+ in the model and \d+ in the"):
+        Settings.from_arguments({"checkpoint": str(folder), "auth": "off"})

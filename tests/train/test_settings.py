@@ -37,6 +37,8 @@ from tests.train.making import fresh_model
         ({"model": {"lora": LoraSettings(dropout=1.0)}}, "--model.lora.dropout is 1.0; from 0 to below 1"),
         ({"name": "a/b"}, "--name 'a/b' must be a plain name"),
         ({"name": ""}, "--name '' must be a plain name"),
+        ({"name": ".."}, "--name '..' must be a plain name"),
+        ({"parallel": {"cpus_per_worker": 0}}, "--parallel.cpus-per-worker is 0; at least 1"),
     ],
 )
 def test_settings_that_cannot_work(settings: RunSettings, change: dict[str, Any], message: str) -> None:

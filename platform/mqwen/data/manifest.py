@@ -85,6 +85,20 @@ def read_manifest(dataset: Location) -> Manifest:
     return manifest
 
 
+def check_shards(dataset: Location, manifest: Manifest) -> None:
+    """Raises DataError where a shard is missing or is not as long as it was written. Costs one listing."""
+    sizes = dataset.sizes()
+    for shard in manifest.shards:
+        name = f"{shard.name}.tar"
+        if name not in sizes:
+            raise DataError(f"{dataset / name} is missing; copy the dataset again, or ingest it again")
+        if sizes[name] != shard.nbytes:
+            raise DataError(
+                f"{dataset / name} has {sizes[name]} bytes, {shard.nbytes} were written; copy the dataset again, or "
+                "ingest it again"
+            )
+
+
 def check_tokenizer(dataset: Location, manifest: Manifest, fingerprint: str) -> None:
     """Raises DataError where another tokenizer than the one of this fingerprint counted the dataset's tokens."""
     if manifest.tokenizer != fingerprint:

@@ -80,7 +80,7 @@ class Engine:
     ) -> None:
         settings = settings or EngineSettings()
         self._model, self._tokenizer, self._settings = model, processor.tokenizer, settings
-        self._max_length = settings.max_length or model.config.seq_length
+        self.max_length = settings.max_length or model.config.seq_length
         self._stop_ids = frozenset(self._tokenizer.stop_ids)
         self._token_bytes = token_bytes(processor.tokenizer)
         self._pictures = PictureEncoder(
@@ -195,11 +195,11 @@ class Engine:
             message = f"{len(request.pictures)} pictures were given for {placeholders} placeholders in the prompt"
             raise InvalidPictureError(message, "pictures")
         length = len(request.input_ids) + placeholders * (self._model.config.image_positions - 1)
-        limit = self._max_length - length if request.max_tokens is None else request.max_tokens
-        if limit < 1 or length + limit > self._max_length:
+        limit = self.max_length - length if request.max_tokens is None else request.max_tokens
+        if limit < 1 or length + limit > self.max_length:
             asked = "" if request.max_tokens is None else f" and {request.max_tokens} tokens to generate are asked for"
-            message = f"the prompt has {length} positions{asked}; the context has {self._max_length} for both"
-            raise ContextLengthError(message, "input_ids" if length >= self._max_length else "max_tokens")
+            message = f"the prompt has {length} positions{asked}; the context has {self.max_length} for both"
+            raise ContextLengthError(message, "input_ids" if length >= self.max_length else "max_tokens")
         sequence = Sequence(request, length, limit, TextStream(self._token_bytes, request.stop))
         self._live[request.request_id] = sequence  # no await since it was looked for
         return sequence

@@ -8,7 +8,8 @@ from safetensors import SafetensorError, safe_open
 
 from mqwen.model.components import INDEX, WEIGHTS, Folder, read_json
 from mqwen.model.configuration import FORMAT_VERSION, MQWenConfig
-from mqwen.model.errors import ArtifactError, ArtifactVersionError
+from mqwen.model.errors import ArtifactError, ArtifactVersionError, ConfigurationError
+from mqwen.model.processor import MQWenProcessor
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # How files of torch.save start: a zip archive, or a bare pickle of protocol 2 and up.
@@ -31,6 +32,7 @@ def check_artifact(directory: Folder) -> MQWenConfig:
     if not folder.is_dir():
         raise ArtifactError(folder, "is no folder; an artifact is a local folder as save_pretrained writes it")
     config = _read_config(folder / "config.json")
+    read_json(folder / "generation_config.json")  # without it transformers would know no end of an answer
     expected = _expected_shapes(config)
     found: dict[str, Path] = {}
     for file, listed in _weight_files(folder).items():
@@ -52,6 +54,31 @@ def check_artifact(directory: Folder) -> MQWenConfig:
         where = folder / (INDEX if len(set(found.values())) > 1 else WEIGHTS)
         raise ArtifactError(where, f"missing, and {len(absent) - 1} more; was the save interrupted?", absent[0])
     return config
+
+
+def check_processor(config: MQWenConfig, processor: MQWenProcessor) -> None:
+    """Whether this processor is the model's: with another one answers would be wrong, and nothing else would show it.
+
+    Raises:
+        ConfigurationError: another placeholder, more ids than the model has rows, other pictures.
+    """
+    if processor.tokenizer.image_token_id != config.image_token_id:
+        raise ConfigurationError(
+            f"image_token_id is {config.image_token_id} in the model and {processor.tokenizer.image_token_id} in the "
+            "tokenizer; use the tokenizer that the model was trained with"
+        )
+    if processor.tokenizer.vocab_size > config.vocab_size:
+        raise ConfigurationError(
+            f"the tokenizer has {processor.tokenizer.vocab_size} ids, the model {config.vocab_size} rows"
+        )
+    if processor.image_size != config.vision_config.image_size:
+        raise ConfigurationError(
+            f"the processor makes pictures of {processor.image_size} pixels, the model takes "
+            f"{config.vision_config.image_size}"
+        )
+    theirs = [*processor.image_mean, *processor.image_std]
+    if any(abs(a - b) > 1e-6 for a, b in zip([*config.image_mean, *config.image_std], theirs, strict=True)):
+        raise ConfigurationError("image_mean and image_std differ between model and processor")
 
 
 def _read_config(path: Path) -> MQWenConfig:

@@ -13,6 +13,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import GenerationConfig, LlavaConfig, Qwen2Config
 
+from mqwen.model.artifact import check_processor
 from mqwen.model.configuration import MQWenConfig
 from mqwen.model.errors import ConfigurationError
 from mqwen.model.network import MQWenLMHeadModel
@@ -50,7 +51,8 @@ def export_llava(
         ConfigurationError: a model that Qwen2 cannot express, or a processor that is not this model's.
     """
     directory = Path(directory)
-    _check(model.config, processor)
+    _check(model.config)
+    check_processor(model.config, processor)
     directory.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(dict(_weights(model)), directory, max_shard_size=max_shard_size)
 
@@ -71,26 +73,9 @@ def export_llava(
     _config(model.config, tokenizer.eod_id, str(model.dtype).removeprefix("torch.")).save_pretrained(directory)
 
 
-def _check(config: MQWenConfig, processor: MQWenProcessor) -> None:
+def _check(config: MQWenConfig) -> None:
     if config.rotary_pct != 1.0:
         raise ConfigurationError(f"rotary_pct {config.rotary_pct}: Qwen2 rotates whole heads, so only 1.0 exports")
-    if processor.tokenizer.image_token_id != config.image_token_id:
-        raise ConfigurationError(
-            f"image_token_id is {config.image_token_id} in the model and {processor.tokenizer.image_token_id} in the "
-            "tokenizer; export with the tokenizer the model was trained with"
-        )
-    if processor.tokenizer.vocab_size > config.vocab_size:
-        raise ConfigurationError(
-            f"the tokenizer has {processor.tokenizer.vocab_size} ids, the model {config.vocab_size} rows"
-        )
-    if processor.image_size != config.vision_config.image_size:
-        raise ConfigurationError(
-            f"the processor makes pictures of {processor.image_size} pixels, the model takes "
-            f"{config.vision_config.image_size}"
-        )
-    theirs = [*processor.image_mean, *processor.image_std]
-    if any(abs(a - b) > 1e-6 for a, b in zip([*config.image_mean, *config.image_std], theirs, strict=True)):
-        raise ConfigurationError("image_mean and image_std differ between model and processor")
 
 
 def _weights(model: MQWenLMHeadModel) -> Iterator[tuple[str, Tensor]]:

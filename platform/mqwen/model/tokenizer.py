@@ -76,6 +76,11 @@ class MQWenTokenizer(PreTrainedTokenizer):
         """Ids that mean something: ranks and control tokens. A model's embedding may have more rows."""
         return len(self._ranks) + len(CONTROL_TOKENS)
 
+    @property
+    def longest_token(self) -> int:
+        """Bytes of the longest rank: n bytes of text make n / longest_token tokens or more."""
+        return max(map(len, self._ranks))
+
     def __len__(self) -> int:
         return self.vocab_size
 

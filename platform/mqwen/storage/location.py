@@ -63,9 +63,15 @@ class Location:
 
     def names(self) -> list[str]:
         """Names of what lies directly inside, sorted; empty where there is no such folder."""
+        return sorted(info.base_name for info in self._inside())
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file directly inside, from one listing."""
+        return {info.base_name: info.size for info in self._inside() if info.type == pafs.FileType.File}
+
+    def _inside(self) -> list[pafs.FileInfo]:
         with self._errors_named("listed"):
-            found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in found)
+            return self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
 
     def read_bytes(self) -> bytes:
         with self._errors_named("read"), self.filesystem.open_input_stream(self.path) as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -124,6 +125,11 @@ class RunSettings:
             ("data.rows-per-step", self.data.rows_per_step, 1),
             ("data.packs-per-row", self.data.packs_per_row, 1),
             ("parallel.workers", self.parallel.workers, 1),
+            ("parallel.cpus-per-worker", self.parallel.cpus_per_worker, 1),
+            ("parallel.gpus-per-worker", self.parallel.gpus_per_worker, 0),
+            ("parallel.max-failures", self.parallel.max_failures, 0),
+            ("data.pack-length", self.data.pack_length, 1),
+            ("data.max-bad", self.data.max_bad, 0),
             ("checkpoint.every", self.checkpoint.every, 1),
             ("checkpoint.keep", self.checkpoint.keep, 1),
         ):
@@ -138,5 +144,8 @@ class RunSettings:
             )
         if not self.data.dataset:
             raise SettingsError("--data.dataset is missing: give the URI of a dataset that jobs/ingest.py wrote")
-        if not self.name or "/" in self.name:
-            raise SettingsError(f"--name {self.name!r} must be a plain name: it becomes a folder under --runs")
+        if not re.fullmatch(r"[\w-][\w.-]*", self.name):
+            raise SettingsError(
+                f"--name {self.name!r} must be a plain name, of letters, digits, - _ and dots: it becomes a folder "
+                "under --runs"
+            )

@@ -41,7 +41,8 @@ def work(config: dict[str, Task]) -> None:
     task = config["task"]
     settings, rank = task.settings, ray.train.get_context().get_world_rank()
     torch.set_num_threads(settings.parallel.cpus_per_worker)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would report each rank's share of each checkpoint
+    # It would report each rank's share of each checkpoint.
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     device = ray.train.torch.get_device()
 
     model = build_model(settings, task.config).to(device)
