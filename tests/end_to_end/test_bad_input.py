@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import KEYS
 from tests.end_to_end.commands import SMALL, Shell
 
 EMPTY = {"shards": [], "tokenizer": "0" * 64, "rejected": {"picture": 3}, "format_version": 1}
@@ -45,6 +47,18 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         ["jobs/export.py", "--run", "{tmp}/nowhere", "--to", "{tmp}/artifact"],
         ["error: {tmp}/nowhere has no committed checkpoint"],
     ),
+    "ingest into a missing bucket": (
+        ["jobs/ingest.py", "digits", "--tokenizer", "{tokenizer}", "--dataset", "s3://nowhere/data"],
+        ["error: s3://nowhere/data cannot be written: {moto} has no bucket 'nowhere'; make it, or name another"],
+    ),
+    "dataset in a missing bucket": (
+        [*READY, "s3://nowhere/data"],
+        ["error: s3://nowhere/data cannot be read: {moto} has no bucket 'nowhere'; make it, or name another"],
+    ),
+    "export to a missing bucket": (
+        ["jobs/export.py", "--run", "{tmp}/nowhere", "--to", "s3://nowhere/artifact"],
+        ["error: s3://nowhere/artifact cannot be written: {moto} has no bucket 'nowhere'; make it, or name another"],
+    ),
     "demo over other files": (
         ["jobs/demo.py", "--out", "{tmp}/other"],
         ["error: --out {tmp}/other exists and is not an earlier demo's folder"],
@@ -53,20 +67,21 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def places(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def places(tokenizer: Path, moto: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bad")
     for name, shards in (("empty", []), ("other", [SHARD])):
         (folder / name).mkdir()
         (folder / name / "manifest.json").write_text(json.dumps(EMPTY | {"shards": shards}))
-    return {"tmp": str(folder), "tokenizer": str(tokenizer)}
+    return {"tmp": str(folder), "tokenizer": str(tokenizer), "moto": moto}
 
 
 @pytest.fixture(scope="module")
 def answers(alone: Shell, places: dict[str, str]) -> Iterator[dict[str, tuple[int, str]]]:
     """Exit code and output of each line; two at a time, since most of their time is Python's imports."""
+    shell = replace(alone, variables={"AWS_ENDPOINT_URL": places["moto"], **KEYS})
     with ThreadPoolExecutor(2) as pool:
         waiting = {
-            name: pool.submit(alone.run, *[word.format_map(places) for word in words])
+            name: pool.submit(shell.run, *[word.format_map(places) for word in words])
             for name, (words, _) in LINES.items()
         }
         yield {name: one.result() for name, one in waiting.items()}

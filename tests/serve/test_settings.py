@@ -1,5 +1,7 @@
 """Options and checkpoints are refused in one line, before anything is deployed."""
 
+import asyncio
+import pickle
 import shutil
 import subprocess
 import sys
@@ -9,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from mqwen.storage import Location
 from serve.app import build
 from serve.keys import ENVIRONMENT, hash_key
+from serve.replica import ModelReplica
 from serve.settings import Settings, SettingsError
 
 
@@ -44,6 +48,20 @@ def test_wrong_options(artifact: Path, options: dict[str, str], message: str) ->
 def test_the_checkpoint_is_required() -> None:
     with pytest.raises(SettingsError, match="Option checkpoint is required"):
         Settings.from_arguments({})
+
+
+def test_an_artifact_on_s3(artifact: Path, bucket: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for file in artifact.iterdir():
+        (bucket / "mine" / file.name).upload(file)
+    settings = Settings.from_arguments({"checkpoint": f"{bucket}/mine"})
+    assert settings.model == "mine"
+    replica = ModelReplica(pickle.loads(pickle.dumps(settings.checkpoint)), gpu=False)  # noqa: S301
+    assert asyncio.run(replica.is_ready())
+    asyncio.run(replica.engine.drain())
+    for uri, message in (("s3://nowhere/mine", "has no bucket 'nowhere'"), (f"{bucket}/other", "holds no files")):
+        with pytest.raises(SettingsError, match=f"checkpoint={uri}.*: .*{message}"):
+            Settings.from_arguments({"checkpoint": uri})
 
 
 def truncate(file: Path) -> None:

@@ -5,7 +5,9 @@ import pickle
 import re
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -102,6 +104,25 @@ def test_another_process_needs_no_environment(rclone: Rclone, monkeypatch: pytes
     code = f"import pickle; print(pickle.load(open({str(tmp_path / 'pickled')!r}, 'rb')).read_bytes())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.strip() == "b'here'", found.stderr
+
+
+def test_a_server_that_fails_for_a_moment_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [503, 500, 200]
+
+    class Server(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(answers.pop(0))
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        set_all(monkeypatch, AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.server_port}", **KEYS)
+        assert locate("s3://bucket/file").size() == 5
+        server.shutdown()
+        thread.join()
+    assert answers == []
 
 
 def test_wrong_keys_later_are_one_line(rclone: Rclone, monkeypatch: pytest.MonkeyPatch) -> None:
