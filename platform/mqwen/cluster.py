@@ -11,7 +11,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
     # A cluster of our own asks for a token that only this process and its children know.
@@ -23,7 +23,10 @@ if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
 
+import psutil
 import ray
+
+GRACE = 5.0  # seconds in which what a cluster of our own consists of may end by itself
 
 
 @contextmanager
@@ -47,4 +50,10 @@ def cluster(cpus: int, show_workers: bool = True) -> Iterator[str]:
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
+        started = [] if "RAY_ADDRESS" in os.environ else psutil.Process().children(recursive=True)
         ray.shutdown()
+        # Ray does not wait for its dashboard's helpers, and now and then one of them stays.
+        _, left = psutil.wait_procs(started, timeout=GRACE)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
