@@ -24,7 +24,15 @@ def uploaded() -> dict[Path, int]:
 
 
 def main() -> None:
-    sizes = uploaded()
+    environment = {"PYTHONPATH": "platform"}
+    try:
+        sizes = uploaded()
+        commit = git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"no git here ({error}): the run's commit stays unknown, the upload's size unchecked", file=sys.stderr)
+        sizes = {}
+    else:
+        environment["MQWEN_COMMIT"] = commit
     if (total := sum(sizes.values())) > LIMIT:
         largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:5]
         listed = ", ".join(f"{path.relative_to(ROOT)} ({sizes[path] >> 20} MiB)" for path in largest)
@@ -32,8 +40,6 @@ def main() -> None:
             f"error: {total >> 20} MiB would be uploaded, Ray takes {LIMIT >> 20}. Put what the job does not need into "
             f".rayignore; the largest are {listed}"
         )
-    commit = git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain").strip() else "")
-    environment = {"PYTHONPATH": "platform", "MQWEN_COMMIT": commit}
     print(json.dumps({"working_dir": str(ROOT), "env_vars": environment}))
 
 
