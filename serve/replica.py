@@ -1,7 +1,6 @@
 """The model side: one process (on a GPU, or a share of one) that holds an engine and answers chats."""
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
@@ -10,8 +9,6 @@ from uuid import uuid4
 
 from mqwen.engine.request import ContextLengthError, Request, RequestError, TokenEvent, join
 from mqwen.storage import Location, local_folder
-
-LEAST_REFUSED = 1000  # tokens above which a prompt is refused before it is tokenized
 
 
 @dataclass(frozen=True)
@@ -75,10 +72,11 @@ class ModelReplica:
             raise RuntimeError("the engine's thread has ended")
 
     def _request(self, task: ChatTask) -> Request:
-        from mqwen.model.chat import ConversationError, encode_chat
+        from mqwen.model.chat import ConversationError, encode_chat, text_of
 
-        least = len(json.dumps(task.messages, ensure_ascii=False)) // self._longest_token
-        if least > 2 * self.engine.max_length + LEAST_REFUSED:  # the JSON's own letters are few beside a long text
+        # Known before a long text is tokenized: NFC makes at most four characters one, and each is a byte or more.
+        least = sum(len(text_of(message)) for message in task.messages) // (4 * self._longest_token)
+        if least > self.engine.max_length:
             message = f"the prompt has {least} tokens or more; the context has {self.engine.max_length}"
             raise ContextLengthError(message, "input_ids")
         try:

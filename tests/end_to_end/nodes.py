@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import boto3
 import httpx
 import pytest
 
+from tests.conftest import KEYS, set_all
 from tests.end_to_end.commands import ROOT, Shell, shell
 from tests.scraping import FAST
 
@@ -62,37 +62,30 @@ class Cluster:
 
 
 @contextmanager
-def cluster() -> Iterator[Cluster]:
-    port, dashboard, storage = free_port(), free_port(), free_port()
-    endpoint = f"http://127.0.0.1:{storage}"
+def cluster(s3: str) -> Iterator[Cluster]:
+    """`s3` is the URL of a server with the bucket `bucket`."""
+    port, dashboard = free_port(), free_port()
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys = {**KEYS, "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": s3}
     with shell() as found, pytest.MonkeyPatch.context() as patch:
-        keys["AWS_ENDPOINT_URL"] = endpoint
         path = {"PATH": f"{BIN}:{os.environ['PATH']}"}  # a submitted job is run with the nodes' `python`
         found.variables = token | keys | path | FAST
         asking = {"Authorization": f"Bearer {token['RAY_AUTH_TOKEN']}"}
 
-        def start(*words: str) -> None:
-            log = (found.ray_folder / f"{Path(words[0]).name}.log").open("a")
-            own = found.environment()
-            subprocess.Popen(words, cwd=ROOT, env=own, stdout=log, stderr=log, start_new_session=True)
-
-        start(str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", str(storage))
-
         def start_node(*words: str) -> None:
             agent = free_port()  # two nodes on one machine must not share the agent's, which jobs are sent to
             words = (*words, "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--num-cpus=2")
-            start(str(BIN / "ray"), "start", *words, "--disable-usage-stats", "--block")
+            command = [str(BIN / "ray"), "start", *words, "--disable-usage-stats", "--block"]
+            with (found.ray_folder / f"node-{agent}.log").open("w") as log:
+                subprocess.Popen(
+                    command, cwd=ROOT, env=found.environment(), stdout=log, stderr=log, start_new_session=True
+                )
             wait(lambda: httpx.get(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", headers=asking).is_success)
 
         start_node("--head", f"--port={port}", f"--dashboard-port={dashboard}")
-        wait(lambda: httpx.get(endpoint).is_success)
-        for name, value in keys.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="bucket")
+        set_all(patch, **keys)
         url = f"http://127.0.0.1:{dashboard}"
         wait(lambda: httpx.get(f"{url}/api/version", headers=asking).is_success)
         start_node(f"--address=127.0.0.1:{port}")
         found.variables |= {"RAY_ADDRESS": f"127.0.0.1:{port}"}
-        yield Cluster(found, url, "s3://bucket")
+        yield Cluster(found, url, "s3://bucket/nodes")

@@ -39,8 +39,8 @@ QUESTION = "Which colour is it?"
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Cluster]:
-    with cluster() as found:
+def nodes(moto: str) -> Iterator[Cluster]:
+    with cluster(moto) as found:
         yield found
 
 

@@ -1,7 +1,7 @@
 """What an engine says of its requests through telemetry."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from mqwen.engine.sequence import Sequence
 from mqwen.telemetry import serving
@@ -18,16 +18,16 @@ class Observer:
         serving.NUM_REQUESTS_WAITING.follow(waiting, model_name=self._model)
         serving.NUM_REQUESTS_RUNNING.follow(running, model_name=self._model)
 
-    def batch(self, sequences: Iterable[Sequence]) -> None:
+    def batch(self, sequences: list[Sequence]) -> None:
         """Sequences have left the queue."""
         now = time.perf_counter()
         for sequence in sequences:
             serving.REQUEST_QUEUE_TIME_SECONDS.observe(now - sequence.arrived, model_name=self._model)
 
-    def step(self, sequences: Iterable[Sequence]) -> None:
+    def step(self, sequences: list[Sequence]) -> None:
         """Each sequence has got a token."""
+        serving.GENERATION_TOKENS.add(len(sequences), model_name=self._model)
         for sequence in sequences:
-            serving.GENERATION_TOKENS.add(model_name=self._model)
             if sequence.completion_tokens == 1:
                 serving.PROMPT_TOKENS.add(sequence.prompt_tokens, model_name=self._model)
                 serving.TIME_TO_FIRST_TOKEN_SECONDS.observe(sequence.token_seconds, model_name=self._model)

@@ -6,7 +6,6 @@ import hashlib
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,7 @@ from mqwen.data.sample import Sample
 from mqwen.engine.request import Request, RequestError
 from mqwen.errors import UserError
 from mqwen.evaluate.metrics import exact_match
-from mqwen.model.chat import IGNORED, EncodedChat, encode_chat
+from mqwen.model.chat import IGNORED, EncodedChat, encode_chat, text_of
 from mqwen.model.errors import ConversationError
 from mqwen.storage import Location
 
@@ -117,7 +116,7 @@ class Answerer:
             seed=int.from_bytes(hashlib.sha256(f"{generation.seed} {sample.key}".encode()).digest()[:8]),
         )
         loss, tokens = self._loss(chat, pictures)
-        return Answer(sample.key, _text(before[-1]), _text(last), loss=loss, tokens=tokens), request
+        return Answer(sample.key, text_of(before[-1]), text_of(last), loss=loss, tokens=tokens), request
 
     def _loss(self, chat: EncodedChat, pictures: list[np.ndarray]) -> tuple[float, int]:
         """The summed loss of the answers' tokens, and their number. The engine rests meanwhile."""
@@ -132,9 +131,3 @@ class Answerer:
                 num_items_in_batch=1,
             )
         return output.loss.item(), sum(label != IGNORED for label in chat.labels)
-
-
-def _text(message: dict[str, Any]) -> str:
-    """What a message says, without its pictures."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

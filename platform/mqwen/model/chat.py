@@ -164,3 +164,9 @@ def _texts(content: object, role: str, number: int) -> list[str | None]:
                 "outside an answer, {'type': 'image'}"
             )
     return runs
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """What a message says, without its pictures."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

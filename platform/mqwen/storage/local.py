@@ -82,14 +82,14 @@ def filled(target: Location, last: str) -> Iterator[Path]:
     if isinstance(target.filesystem, pafs.LocalFileSystem):
         yield Path(target.path)
         return
-    there = [name for name in target.names() if (target / name).size() is not None]
+    there = target.sizes().keys()
     if there and last not in there:
-        raise StorageError(f"{target} holds other files ({', '.join(there[:3])}); choose another place")
+        raise StorageError(f"{target} holds other files ({', '.join(sorted(there)[:3])}); choose another place")
     with tempfile.TemporaryDirectory(prefix="mqwen-") as local:
         yield Path(local)
         files = {path.name: path for path in Path(local).iterdir()}
         (target / last).delete()
-        for name in {*there} - {*files}:
+        for name in there - files.keys():
             (target / name).delete()
         for name in sorted(files, key=lambda name: name == last):
             (target / name).upload(files[name])

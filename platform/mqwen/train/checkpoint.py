@@ -103,8 +103,9 @@ def read_commit(checkpoint: Location) -> Commit:
         raise CheckpointError(f"{checkpoint} is no committed checkpoint: it has no {COMMIT}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / COMMIT} is damaged ({error}); use another checkpoint") from error
+    sizes = checkpoint.sizes()
     for name, entry in commit.files.items():
-        size = (checkpoint / name).size()
+        size = sizes.get(name)
         if size != entry["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
             raise CheckpointError(f"{checkpoint / name} {found}, {entry['bytes']} were written; use another checkpoint")
