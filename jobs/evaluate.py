@@ -13,12 +13,12 @@ from mqwen import cli
 from mqwen.cluster import cluster
 from mqwen.evaluate.answerer import Generation
 from mqwen.evaluate.evaluation import Actors, Evaluation, write_report
-from mqwen.storage import locate
+from mqwen.storage import readable, writable
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """`artifact` is a folder, `dataset` the URI of one that jobs/ingest.py wrote, `out` that of the folder to write to.
+    """`artifact` is a URI, `dataset` that of one that jobs/ingest.py wrote, `out` that of the folder to write to.
 
     Each sample's last answer is asked from the turns before it.
     """
@@ -32,8 +32,8 @@ class Evaluate:
 
 def main() -> None:
     command = tyro.cli(Evaluate, description=__doc__)
-    dataset, out = locate(command.dataset), locate(command.out)
-    evaluation = Evaluation.prepare(command.artifact, dataset, command.generation, command.actors)
+    artifact, dataset, out = readable(command.artifact), readable(command.dataset), writable(command.out)
+    evaluation = Evaluation.prepare(artifact, dataset, command.generation, command.actors)
     with cluster(cpus=command.actors.count * command.actors.cpus + 1):
         answers = evaluation.run(cli.counter("answers"))
     found = write_report(out, evaluation, answers)

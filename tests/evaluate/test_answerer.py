@@ -43,8 +43,8 @@ def make(processor: MQWenProcessor, tmp_path_factory: pytest.TempPathFactory) ->
 
 def evaluate(artifact: Path, dataset: Location, generation: Generation = GENERATION) -> list[Answer]:
     """One actor that is asked everything at once."""
-    evaluation = Evaluation.prepare(str(artifact), dataset, generation, Actors())
-    return Answerer(str(artifact), dataset, generation, gpu=False).answer(evaluation.places)
+    evaluation = Evaluation.prepare(locate(artifact), dataset, generation, Actors())
+    return Answerer(locate(artifact), dataset, generation, gpu=False).answer(evaluation.places)
 
 
 def test_answers_are_the_models_own_and_losses_those_of_all_logits(
@@ -107,7 +107,7 @@ def test_what_cannot_be_asked_is_left_out_and_named(
 def test_scores_are_written_and_come_out_the_same(
     artifact: Path, make: Callable[[list[Sample]], Location], tmp_path: Path
 ) -> None:
-    evaluation = Evaluation.prepare(str(artifact), make(SAMPLES[:4]), GENERATION, Actors())
+    evaluation = Evaluation.prepare(locate(artifact), make(SAMPLES[:4]), GENERATION, Actors())
     answers = [
         Answer("a", "q", "three red dogs", "three red dogs", True, 3.0, 3),
         Answer("b", "q", "a cat", "dogs", False, 5.0, 1),
@@ -159,4 +159,4 @@ def test_what_cannot_be_evaluated_is_said_before_an_actor_starts(
     given = {"artifact": artifact, "dataset": make(SAMPLES[:2]).path, "generation": GENERATION, "actors": Actors()}
     given |= {name: tmp_path / value if isinstance(value, str) else value for name, value in change.items()}
     with pytest.raises(UserError, match=words):
-        Evaluation.prepare(str(given["artifact"]), locate(given["dataset"]), given["generation"], given["actors"])
+        Evaluation.prepare(locate(given["artifact"]), locate(given["dataset"]), given["generation"], given["actors"])

@@ -20,7 +20,7 @@ from mqwen.errors import UserError
 from mqwen.evaluate.metrics import exact_match
 from mqwen.model.chat import IGNORED, EncodedChat, encode_chat, text_of
 from mqwen.model.errors import ConversationError
-from mqwen.storage import Location
+from mqwen.storage import Location, local_folder
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,16 @@ class Answer:
 
 
 class Answerer:
-    """artifact: a folder on this machine."""
+    """artifact: actors on one node share a copy."""
 
-    def __init__(self, artifact: str, dataset: Location, generation: Generation, gpu: bool) -> None:
+    def __init__(self, artifact: Location, dataset: Location, generation: Generation, gpu: bool) -> None:
         # Imported here: the driver imports this module, and needs no torch.
         from mqwen.engine.engine import Engine
         from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 
-        self._processor = MQWenProcessor.from_pretrained(artifact)
-        self._model = MQWenLMHeadModel.from_pretrained(artifact).eval().to("cuda" if gpu else "cpu")
+        folder = local_folder(artifact)
+        self._processor = MQWenProcessor.from_pretrained(folder)
+        self._model = MQWenLMHeadModel.from_pretrained(folder).eval().to("cuda" if gpu else "cpu")
         self._engine = Engine(self._model, self._processor)
         self._dataset, self._generation = dataset, generation
 

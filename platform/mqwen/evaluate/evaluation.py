@@ -20,9 +20,8 @@ from mqwen.data.order import Place
 from mqwen.errors import UserError
 from mqwen.evaluate.answerer import Answer, Answerer, Generation
 from mqwen.evaluate.metrics import cider_d
-from mqwen.model import MQWenProcessor
-from mqwen.model.artifact import check_artifact
-from mqwen.storage import Location
+from mqwen.model.artifact import open_artifact
+from mqwen.storage import Location, local_folder
 
 BATCH = 32  # samples that an actor is asked at once
 
@@ -44,14 +43,14 @@ class Actors:
 class Evaluation:
     """What is asked of which artifact. Made with `prepare`, which refuses what can be before an actor starts."""
 
-    artifact: str
+    artifact: Location
     dataset: Location
     places: list[Place]
     generation: Generation = field(default_factory=Generation)
     actors: Actors = field(default_factory=Actors)
 
     @classmethod
-    def prepare(cls, artifact: str, dataset: Location, generation: Generation, actors: Actors) -> Evaluation:
+    def prepare(cls, artifact: Location, dataset: Location, generation: Generation, actors: Actors) -> Evaluation:
         """Raises UserError for settings out of range, a broken artifact, a dataset that is none, empty, or ingested
         with another tokenizer."""
         for option, value, least in (
@@ -63,8 +62,7 @@ class Evaluation:
         ):
             if value < least:
                 raise EvaluationError(f"--{option} is {value}; at least {least} is needed")
-        check_artifact(artifact)
-        processor = MQWenProcessor.from_pretrained(artifact)
+        _, processor = open_artifact(local_folder(artifact))
         manifest = read_manifest(dataset)
         check_tokenizer(dataset, manifest, processor.tokenizer.fingerprint)
         rows = [(shard, row) for shard in manifest.shards for row in read_index(dataset, shard).to_pylist()]
@@ -124,7 +122,7 @@ def write_report(out: Location, evaluation: Evaluation, answers: list[Answer]) -
     found = scores(answers)
     lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
     (out / "answers.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace"))
-    report: dict[str, Any] = {"artifact": evaluation.artifact, "dataset": str(evaluation.dataset)}
+    report: dict[str, Any] = {"artifact": str(evaluation.artifact), "dataset": str(evaluation.dataset)}
     report |= {"generation": asdict(evaluation.generation), "scores": found}
     (out / "report.json").write_bytes(json.dumps(report, indent=1).encode())
     return found

@@ -56,6 +56,21 @@ def check_artifact(directory: Folder) -> MQWenConfig:
     return config
 
 
+def open_artifact(directory: Folder) -> tuple[MQWenConfig, MQWenProcessor]:
+    """Configuration and processor of an artifact that has been checked whole, without its weights.
+
+    Raises:
+        As `check_artifact` and `check_processor`.
+    """
+    config = check_artifact(directory)
+    try:
+        processor = MQWenProcessor.from_pretrained(Path(directory))
+    except (TypeError, AttributeError) as error:  # a JSON file that holds a list where an object should be
+        raise ArtifactError(Path(directory), f"its processor's files are damaged: {error}") from error
+    check_processor(config, processor)
+    return config, processor
+
+
 def check_processor(config: MQWenConfig, processor: MQWenProcessor) -> None:
     """Whether this processor is the model's: with another one answers would be wrong, and nothing else would show it.
 

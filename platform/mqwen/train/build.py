@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
-from mqwen.model.artifact import check_artifact
+from mqwen.model.artifact import open_artifact
 from mqwen.model.vocabulary import VOCABULARY_FILE
 from mqwen.storage import local_folder, locate, readable
 from mqwen.train.optimizer import freeze, parameter_groups
@@ -19,8 +19,7 @@ EMBEDDING_MULTIPLE = 64  # rows of the embedding are rounded up to it, as matrix
 def starting_point(settings: RunSettings) -> tuple[MQWenConfig, MQWenProcessor]:
     """Configuration and processor, from `model.init_from` or for fresh weights; SettingsError says what is missing."""
     if settings.model.init_from:
-        artifact = local_folder(readable(settings.model.init_from))
-        return check_artifact(artifact), MQWenProcessor.from_pretrained(artifact)
+        return open_artifact(local_folder(readable(settings.model.init_from)))
     if not settings.tokenizer:
         raise SettingsError("--tokenizer is missing: fresh weights need the folder of a qwen.tiktoken")
     folder = local_folder(readable(settings.tokenizer), without="*.safetensors")
