@@ -1,0 +1,188 @@
+"""Products of one row and of few rows with weights, bound by the memory's speed: what stands around them is fused in.
+
+Where `overlap` is set, a kernel begins while the one before it still works, asks for its weights, and only then waits
+for its inputs (programmatic dependent launch). Shapes: M rows, K inputs, N outputs. Sums are float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _normed(x, gain, at, inside, scale):
+    """Inputs of a product, normalised in float32, rounded, then scaled, as `mqwen.model.blocks.RMSNorm` does it."""
+    g = tl.load(gain + at, mask=inside, other=0.0)
+    return ((tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale).to(g.dtype) * g).to(tl.float32)
+
+
+@triton.jit
+def _scale(x, eps, K: tl.constexpr, WIDE: tl.constexpr):
+    k = tl.arange(0, WIDE)
+    value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(value * value) / K + eps)
+
+
+@triton.jit
+def _product_kernel(
+    x, weight, bias, gain, residual, out, eps, N,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = n < N
+    rows = weight + n[:, None].to(tl.int64) * K
+    k = tl.arange(0, BLOCK_K)
+    w = tl.load(rows + k[None, :], mask=there[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    if BIAS:
+        added = tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
+    if OVERLAP:  # the weights are on their way while the kernel before still works on x
+        gdc_launch_dependents()
+        gdc_wait()
+    scale = 1.0
+    if NORM:
+        scale = _scale(x, eps, K, WIDE)
+        a = _normed(x, gain, k, k < K, scale)
+    else:
+        a = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    sums = a[None, :] * w  # summed over K at the end, across threads
+    for start in range(BLOCK_K, K, BLOCK_K):
+        at = start + k
+        w = tl.load(rows + at[None, :], mask=there[:, None] & (at < K)[None, :], other=0.0).to(tl.float32)
+        if NORM:
+            a = _normed(x, gain, at, at < K, scale)
+        else:
+            a = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
+        sums += a[None, :] * w
+    result = tl.sum(sums, 1)
+    if BIAS:
+        result += added
+    if RESIDUAL:
+        result += tl.load(residual + n, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=there)
+
+
+def product(
+    x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, gain: Tensor | None = None,
+    residual: Tensor | None = None, eps: float = 0.0, block_n: int = 4, block_k: int = 2048, warps: int = 4,
+    overlap: bool = False,
+) -> Tensor:  # fmt: skip
+    """out (1, N) = norm(x) (1, K) @ weight (N, K)^T + bias + residual; norm where `gain` is given."""
+    outputs, width = weight.shape
+    _product_kernel[(triton.cdiv(outputs, block_n),)](
+        x, weight, bias, gain, residual, out, eps, outputs, width, block_n, block_k, triton.next_power_of_2(width),
+        gain is not None, bias is not None, residual is not None, overlap, num_warps=warps,
+        **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gate_kernel(
+    x, up, gate, gain, out, eps, N,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = n < N
+    k = tl.arange(0, BLOCK_K)
+    rows = n[:, None].to(tl.int64) * K
+    here = there[:, None] & (k < K)[None, :]
+    u = tl.load(up + rows + k[None, :], mask=here, other=0.0).to(tl.float32)
+    w = tl.load(gate + rows + k[None, :], mask=here, other=0.0).to(tl.float32)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    scale = _scale(x, eps, K, WIDE)
+    a = _normed(x, gain, k, k < K, scale)
+    ups, gates = a[None, :] * u, a[None, :] * w
+    for start in range(BLOCK_K, K, BLOCK_K):
+        at = start + k
+        here = there[:, None] & (at < K)[None, :]
+        u = tl.load(up + rows + at[None, :], mask=here, other=0.0).to(tl.float32)
+        w = tl.load(gate + rows + at[None, :], mask=here, other=0.0).to(tl.float32)
+        a = _normed(x, gain, at, at < K, scale)
+        ups += a[None, :] * u
+        gates += a[None, :] * w
+    raised, gated = tl.sum(ups, 1), tl.sum(gates, 1)
+    tl.store(out + n, (raised * gated * tl.sigmoid(gated)).to(out.dtype.element_ty), mask=there)
+
+
+def gated_product(
+    x: Tensor, up: Tensor, gate: Tensor, gain: Tensor, out: Tensor, eps: float,
+    block_n: int = 2, block_k: int = 2048, warps: int = 4, overlap: bool = False,
+) -> Tensor:  # fmt: skip
+    """out (1, N) = (norm(x) @ up^T) * silu(norm(x) @ gate^T)."""
+    outputs, width = up.shape
+    _gate_kernel[(triton.cdiv(outputs, block_n),)](
+        x, up, gate, gain, out, eps, outputs, width, block_n, block_k, triton.next_power_of_2(width), overlap,
+        num_warps=warps, **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Ask for cache lines of 128 bytes without waiting for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _rows_kernel(
+    x, weight, gate, bias, residual, out, M, N,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr,
+    GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = n < N
+    m = tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    rows = tl.where(there, n, 0)[:, None].to(tl.int64) * K
+    if OVERLAP:
+        lines = tl.arange(0, LINES) * 64
+        lines = tl.where(lines < K, lines, 0)
+        _prefetch(weight + rows + lines[None, :])
+        if GATE:
+            _prefetch(gate + rows + lines[None, :])
+        gdc_launch_dependents()
+        gdc_wait()
+    sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    gates = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        at = start + k
+        inside = at < K
+        a = tl.load(x + m[:, None] * K + at[None, :], mask=(m < M)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(weight + rows + at[None, :], mask=inside[None, :], other=0.0)
+        sums = tl.dot(a, tl.trans(w), sums)
+        if GATE:
+            g = tl.load(gate + rows + at[None, :], mask=inside[None, :], other=0.0)
+            gates = tl.dot(a, tl.trans(g), gates)
+    if GATE:
+        sums = sums * gates * tl.sigmoid(gates)
+    if BIAS:
+        sums += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
+    places = m[:, None] * N + n[None, :]
+    inside = (m < M)[:, None] & there[None, :]
+    if RESIDUAL:
+        sums += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + places, sums.to(out.dtype.element_ty), mask=inside)
+
+
+def rows_product(
+    x: Tensor, weight: Tensor, out: Tensor, gate: Tensor | None = None, bias: Tensor | None = None,
+    residual: Tensor | None = None, block_n: int = 16, block_k: int = 256, warps: int = 4, stages: int = 4,
+    overlap: bool = False,
+) -> Tensor:  # fmt: skip
+    """out (M, N) = x (M, K) @ weight (N, K)^T, times silu(x @ gate^T), + bias + residual; for up to 64 rows."""
+    rows = x.shape[0]
+    outputs, width = weight.shape
+    _rows_kernel[(triton.cdiv(outputs, block_n),)](
+        x, weight, gate, bias, residual, out, rows, outputs, width, max(16, triton.next_power_of_2(rows)), block_n,
+        block_k, triton.next_power_of_2(triton.cdiv(width, 64)), gate is not None, bias is not None,
+        residual is not None, overlap, stages, num_warps=warps, **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
+    return out
