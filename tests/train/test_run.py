@@ -16,7 +16,8 @@ from mqwen.train.settings import CheckpointSettings, ParallelSettings, RunSettin
 
 def test_a_run_remembers_what_it_starts_from(settings: RunSettings) -> None:
     config, processor = starting_point(settings)
-    run = Path(open_run(settings, config, processor).path)
+    with open_run(settings, config, processor) as opened:
+        run = Path(opened.path)
     assert run == Path(settings.runs) / settings.name
     assert MQWenConfig.from_pretrained(run / "model").to_dict() == config.to_dict()
     assert MQWenProcessor.from_pretrained(run / "model").tokenizer.fingerprint == processor.tokenizer.fingerprint
@@ -25,17 +26,22 @@ def test_a_run_remembers_what_it_starts_from(settings: RunSettings) -> None:
 
 def test_what_may_change_and_what_may_not(settings: RunSettings) -> None:
     start = starting_point(settings)
-    run = open_run(settings, *start)
+    with open_run(settings, *start) as run:
+        pass
     free = replace(settings, parallel=ParallelSettings(workers=3), checkpoint=CheckpointSettings(every=7), log_every=1)
-    assert open_run(free, *start) == run
+    with open_run(free, *start) as again:
+        assert again == run
     assert json.loads((run / "settings.json").read_bytes())["parallel"]["workers"] == 3
     for other, name in (
         (replace(settings, seed=1), "seed"),
         (replace(settings, data=replace(settings.data, rows_per_step=4)), "data"),
         (replace(settings, optimizer=replace(settings.optimizer, learning_rates={"visual.*": 2.0})), "optimizer"),
     ):
-        with pytest.raises(SettingsError, match=rf"{run} exists with other settings \({name}\); give another --name"):
-            open_run(other, *start)
+        refused = pytest.raises(
+            SettingsError, match=rf"{run} exists with other settings \({name}\); give another --name"
+        )
+        with refused, open_run(other, *start):
+            pass
 
 
 def test_of_a_step_trained_twice_the_later_record_counts(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ class ParallelSettings:
 
     `reshard_after_forward` frees a block's gathered weights between its forward and its backward pass: less memory for
     one more gathering. `max_failures` is how often a run may lose its workers and go on from its last checkpoint.
-    `wait_for_resources` is how many seconds a run waits at its start for others to end or the cluster to grow.
+    `wait_for_resources` is how many seconds a run waits at its start for others to end or the cluster to grow;
+    `hang_timeout` after how many without a step the workers are ended and started again.
     """
 
     workers: int = 1
@@ -85,6 +86,7 @@ class ParallelSettings:
     reshard_after_forward: bool = True
     max_failures: int = 3
     wait_for_resources: float = 10.0
+    hang_timeout: float = 600.0
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -95,8 +97,16 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
+    """The newest `keep` stay, and the `keep_best` with the lowest loss since the one before.
+
+    `patience` is for how many seconds the writing of one is tried again before the run stops. Training goes on
+    meanwhile.
+    """
+
     every: int = 100
     keep: int = 3
+    keep_best: int = 0
+    patience: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -128,10 +138,13 @@ class RunSettings:
             ("parallel.cpus-per-worker", self.parallel.cpus_per_worker, 1),
             ("parallel.gpus-per-worker", self.parallel.gpus_per_worker, 0),
             ("parallel.max-failures", self.parallel.max_failures, 0),
+            ("parallel.hang-timeout", self.parallel.hang_timeout, 1),
             ("data.pack-length", self.data.pack_length, 1),
             ("data.max-bad", self.data.max_bad, 0),
             ("checkpoint.every", self.checkpoint.every, 1),
             ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("checkpoint.keep-best", self.checkpoint.keep_best, 0),
+            ("checkpoint.patience", self.checkpoint.patience, 0),
         ):
             if value < least:
                 raise SettingsError(f"--{option} is {value}; at least {least} is needed")
