@@ -20,6 +20,8 @@ if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's name for: on loopback; the children need it too
+else:
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # else Ray asks an address that is no cluster's for minutes
 
 # What a job prints is for people: workers print once, not also through Ray Train's logger, and Ray Data says no more
 # than what went wrong.

@@ -64,10 +64,11 @@ def kill_to_next_step(command: list[str], environment: dict[str, str], first: st
         start_new_session=True,
     )
     assert process.stdout is not None
-    killed = None
+    killed, said = None, ""
     before: set[int] = set()
     try:
         for line in process.stdout:
+            said += line
             if killed is None and re.search(first, line):
                 workers = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline())]
                 before = {worker.pid for worker in workers}
@@ -80,7 +81,7 @@ def kill_to_next_step(command: list[str], environment: dict[str, str], first: st
     finally:
         process.terminate()
         process.wait()
-    raise RuntimeError(f"{command} ended without a step after the kill")
+    raise RuntimeError(f"{command} ended without a step after the kill:\n{said[-3000:]}")
 
 
 def main() -> None:

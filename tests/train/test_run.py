@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import locate
 from mqwen.train.build import starting_point
 from mqwen.train.report import read_metrics, write_report
-from mqwen.train.run import open_run
+from mqwen.train.run import TrainingError, open_run
 from mqwen.train.settings import CheckpointSettings, ParallelSettings, RunSettings, SettingsError
 
 
@@ -54,3 +55,13 @@ def test_of_a_step_trained_twice_the_later_record_counts(tmp_path: Path) -> None
     assert [(record["step"], record["loss"]) for record in found] == [(1, 4), (2, 4), (3, 2), (4, 2), (5, 2), (6, 2)]
     assert write_report(locate(tmp_path)) == "6 steps in 3 s, loss 4.000 to 2.000, 18 pictures, 200 positions/s"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_out_of_memory_names_what_to_change() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60)
+    said = str(TrainingError({0: raised.value, 1: raised.value}))
+    assert said.startswith("training stopped, its checkpoints stay. rank 0, 1: out of memory (RuntimeError: ")
+    for option in ("--data.packs-per-row", "--data.pack-length", "--parallel.workers", "--parallel.reshard-after"):
+        assert option in said
+    assert "out of memory" not in str(TrainingError({0: ValueError("something else")}))

@@ -103,9 +103,10 @@ def train_run(
 
     Raises ResourcesError before a worker starts where the cluster has no room for all of them.
     """
-    require(settings.parallel.bundle, settings.parallel.workers, settings.parallel.wait_for_resources)
+    parallel = settings.parallel
+    require(parallel.bundle, parallel.fewest, parallel.wait_for_resources)
     record_start(run)
-    gpus = settings.parallel.gpus_per_worker
+    gpus = parallel.gpus_per_worker
     source = readable(settings.model.init_from) if settings.model.init_from else None
     trainer = TorchTrainer(
         work,
@@ -113,9 +114,9 @@ def train_run(
         # Counts are summed over gloo beside the gradients' NCCL, so that no step waits for the GPU to count.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.parallel.workers,
+            num_workers=parallel.workers if parallel.min_workers is None else (parallel.fewest, parallel.workers),
             use_gpu=bool(gpus),
-            resources_per_worker=settings.parallel.bundle,
+            resources_per_worker=parallel.bundle,
         ),
         # Ray is told of no checkpoint: its list of them would have to be right, and at hand, for a run to go on. What
         # counts are the committed ones, which workers find in the run's folder.
@@ -124,7 +125,7 @@ def train_run(
             storage_path=run.path,
             storage_filesystem=run.filesystem,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            failure_config=ray.train.FailureConfig(max_failures=settings.parallel.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=parallel.max_failures),
         ),
     )
     try:

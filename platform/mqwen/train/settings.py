@@ -75,11 +75,13 @@ class ParallelSettings:
 
     `reshard_after_forward` frees a block's gathered weights between its forward and its backward pass: less memory for
     one more gathering. `max_failures` is how often a run may lose its workers and go on from its last checkpoint.
+    With `min_workers` a run goes on with as few where nodes are lost, and with more, up to `workers`, when others come.
     `wait_for_resources` is how many seconds a run waits at its start for others to end or the cluster to grow;
     `hang_timeout` after how many without a step the workers are ended and started again.
     """
 
     workers: int = 1
+    min_workers: int | None = None
     strategy: Literal["fsdp2"] = "fsdp2"
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
@@ -87,6 +89,11 @@ class ParallelSettings:
     max_failures: int = 3
     wait_for_resources: float = 10.0
     hang_timeout: float = 600.0
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which a run cannot go on."""
+        return self.workers if self.min_workers is None else self.min_workers
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -135,6 +142,7 @@ class RunSettings:
             ("data.rows-per-step", self.data.rows_per_step, 1),
             ("data.packs-per-row", self.data.packs_per_row, 1),
             ("parallel.workers", self.parallel.workers, 1),
+            ("parallel.min-workers", self.parallel.fewest, 1),
             ("parallel.cpus-per-worker", self.parallel.cpus_per_worker, 1),
             ("parallel.gpus-per-worker", self.parallel.gpus_per_worker, 0),
             ("parallel.max-failures", self.parallel.max_failures, 0),
@@ -148,6 +156,11 @@ class RunSettings:
         ):
             if value < least:
                 raise SettingsError(f"--{option} is {value}; at least {least} is needed")
+        if self.parallel.fewest > self.parallel.workers:
+            raise SettingsError(
+                f"--parallel.min-workers is {self.parallel.fewest}; at most --parallel.workers {self.parallel.workers} "
+                "is allowed"
+            )
         if not 0 <= self.model.lora.dropout < 1:
             raise SettingsError(f"--model.lora.dropout is {self.model.lora.dropout}; from 0 to below 1 is allowed")
         if self.model.init_from and (self.tokenizer or self.model.config):

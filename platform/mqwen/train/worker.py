@@ -65,7 +65,8 @@ def work(config: dict[str, Task]) -> None:
         state = strategy.state()
         progress = checkpoint.resume(task.run, state)
         strategy.load_state(state)
-        _say(rank, f"resumed from {checkpoint.step_folder(task.run, progress.step)}")
+        place = checkpoint.step_folder(task.run, progress.step)
+        _say(rank, f"resumed from {place} with {dist.get_world_size()} workers")
     if progress != expected:  # the newest was damaged
         rows = _begin_reading(task, progress)
 
