@@ -120,3 +120,37 @@ def test_a_worker_that_hangs_ends_with_its_stacks_and_the_run_goes_on(
     for name in stacks.names():
         assert "in train\n" in (stacks / name).read_bytes().decode()
     assert_same_steps(metrics(place, "hanging"), undisturbed, 1e-5)
+
+
+def test_a_node_that_will_be_taken_away_gets_a_checkpoint_before(place: Place) -> None:
+    """None is due for a long time."""
+    shell, steps = place.cluster.shell, 600
+    options = place.options("preempted", "--parallel.workers", 3, "--steps", steps, "--checkpoint.every", 10 * steps)
+    with shell.start(*options) as process:
+        read_until(process, r"step 10/")
+        drain(place)
+        saved = re.search(r"step (\d+): checkpoint", read_until(process, r"step \d+: checkpoint"))
+        assert saved is not None
+        lose(place.cluster.second)
+        place.cluster.second = place.cluster.add_node()
+        resumed = read_until(process, r"resumed from \S+ with 3 workers")
+        assert f"step-{int(saved[1]):08d}" in resumed
+        process.terminate()
+
+
+def drain(place: Place) -> None:
+    """Announces the end of the second node, as a cloud's notice does."""
+    shell = place.cluster.shell
+    known = "import ray; ray.init(logging_level='ERROR'); print(*[n['NodeID'] for n in ray.nodes() if n['Alive'] and "
+    known += "'node:__internal_head__' not in n['Resources']])"
+    node = shell.done("-c", known).split()[-1]
+    words = ["drain-node", "--address", shell.variables["RAY_ADDRESS"], "--node-id", node]
+    words += [
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        60,
+    ]
+    shell.done("-m", "ray.scripts.scripts", *words)

@@ -103,6 +103,16 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """A step whose loss or gradient norm is no number, or more than `spike` times the median of the last hundred
+    steps' (0 sees none), is left out. The run stops where more than `most` of them were.
+    """
+
+    spike: float = 10.0
+    most: int = 10
+
+
+@dataclass(frozen=True)
 class CheckpointSettings:
     """The newest `keep` stay, and the `keep_best` with the lowest loss since the one before.
 
@@ -126,6 +136,7 @@ class RunSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     steps: int = 1000
@@ -149,6 +160,8 @@ class RunSettings:
             ("parallel.hang-timeout", self.parallel.hang_timeout, 1),
             ("data.pack-length", self.data.pack_length, 1),
             ("data.max-bad", self.data.max_bad, 0),
+            ("guard.spike", self.guard.spike, 0),
+            ("guard.most", self.guard.most, 0),
             ("checkpoint.every", self.checkpoint.every, 1),
             ("checkpoint.keep", self.checkpoint.keep, 1),
             ("checkpoint.keep-best", self.checkpoint.keep_best, 0),

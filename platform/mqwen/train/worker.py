@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,10 @@ from mqwen.telemetry import training
 from mqwen.train import checkpoint
 from mqwen.train.build import build_model
 from mqwen.train.emit import emit_checkpoint, emit_step
+from mqwen.train.guard import RECENT, Guard
 from mqwen.train.loop import Batch, Progress, StepRecord, train
+from mqwen.train.preemption import Notice
+from mqwen.train.report import read_metrics
 from mqwen.train.saver import Saver
 from mqwen.train.settings import RunSettings
 from mqwen.train.strategy import STRATEGIES
@@ -72,6 +77,8 @@ def work(config: dict[str, Task]) -> None:
 
     metrics, saver = _Metrics(settings, rank), Saver(task.run, settings)
     watchdog = Watchdog(task.run, rank, settings.parallel.hang_timeout)
+    guard = Guard(settings.guard, task.run, _recent(task.run, progress))
+    notice = Notice()
     saved = progress
 
     def save(now: Progress) -> None:
@@ -79,6 +86,7 @@ def work(config: dict[str, Task]) -> None:
         started = time.perf_counter()
         saver.save(strategy.state(), now, metrics.loss, metrics.take(), lambda: emit_checkpoint(settings.name, started))
         saved = now
+        notice.heard()
 
     def on_step(record: StepRecord) -> None:
         watchdog.alive()
@@ -94,7 +102,17 @@ def work(config: dict[str, Task]) -> None:
             save(now)
 
     with watchdog.watching():
-        last = train(settings, strategy, rows, task.blank, progress, on_step, on_checkpoint)
+        last = train(
+            settings,
+            strategy,
+            rows,
+            task.blank,
+            progress,
+            on_step,
+            on_checkpoint,
+            guard.accepts,
+            wants_checkpoint=notice.given,
+        )
     saver.wait()
     if saved.step != last.step:  # left out, as the one before was not written yet
         save(last)
@@ -114,6 +132,12 @@ def _begin_reading(task: Task, progress: Progress) -> Iterator[Batch]:
     return itertools.chain((row for rows in [first] for row in rows.result()), rows)
 
 
+def _recent(run: Location, progress: Progress) -> list[tuple[float, float]]:
+    """Loss and gradient norm of the last steps up to a progress."""
+    records = [record for record in read_metrics(run) if record["step"] <= progress.step] if progress.step else []
+    return [(record["loss"], record["gradient_norm"]) for record in records[-2 * RECENT :]]
+
+
 class _Metrics:
     """The records of the steps since the last checkpoint. With it they become a file of the run, so that the run's
     metrics are those of the steps that count, whatever was lost on the way."""
@@ -124,8 +148,8 @@ class _Metrics:
 
     @property
     def loss(self) -> float:
-        """The mean of the steps since the last checkpoint."""
-        return sum(record.loss for record in self._records) / len(self._records)
+        """The mean of the steps since the last checkpoint, but for those whose loss is no number."""
+        return statistics.fmean([one.loss for one in self._records if math.isfinite(one.loss)] or [math.inf])
 
     def add(self, record: StepRecord) -> None:
         self._records.append(record)
