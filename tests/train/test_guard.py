@@ -101,7 +101,7 @@ def test_a_spike_is_many_times_the_usual(ranks: Ranks, settings: RunSettings) ->
     assert ranks.run(1, judge, settings, usual, spikes) == [expected]
     # A run that goes on knows what was usual, and a fresh one sees no spike in its first steps.
     assert ranks.run(1, judge, settings, [*usual, *spikes], spikes) == [expected]
-    assert ranks.run(1, judge, settings, usual[1:], spikes[:2]) == [[True, True]]
+    assert ranks.run(1, judge, settings, usual[1:], spikes[:1]) == [[True]]
     never = replace(settings, guard=GuardSettings(spike=0))
     assert ranks.run(1, judge, never, usual, spikes) == [[True, True, True, True, False, True]]
 
