@@ -20,7 +20,7 @@ from mqwen.data.errors import DataError
 from mqwen.data.manifest import read_manifest
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.reader import WindowReader
-from mqwen.data.stream import OrderedSplit, Stream
+from mqwen.data.stream import Stream
 from mqwen.model import MQWenProcessor
 from mqwen.storage import locate
 from mqwen.telemetry import reading
@@ -71,15 +71,13 @@ def consume(
     position: Position | None = None,
     on_row: Callable[[int], None] = lambda number: None,
 ) -> list[list[Batch]]:
-    """What each of `workers` receives of the first `rows` rows, as Ray Train would hand it to them."""
+    """What each of `workers` receives of the first `rows` rows."""
     start = position or Position()
-    shards = OrderedSplit().configure({"train": stream.start(start)}, workers)
+    parts = stream.split(start, workers)
 
     def read(rank: int) -> list[Batch]:
         found = []
-        for number, row in enumerate(
-            islice(stream.read(shards[rank]["train"], start, 0.5), len(range(rank, rows, workers)))
-        ):
+        for number, row in enumerate(islice(stream.read(parts[rank], start, 0.5), len(range(rank, rows, workers)))):
             found.append(row)
             on_row(rank + number * workers)
         return found

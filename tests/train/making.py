@@ -15,9 +15,9 @@ from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
 from mqwen.model import MQWenLMHeadModel
 from mqwen.storage import locate
-from mqwen.train import checkpoint
 from mqwen.train.build import build_model, starting_point
 from mqwen.train.loop import Progress, StepRecord, train
+from mqwen.train.saver import Saver
 from mqwen.train.settings import (
     CheckpointSettings,
     DataSettings,
@@ -123,13 +123,15 @@ def train_ranks(
 def train_and_keep(rank: int, workers: int, settings: RunSettings) -> dict[int, dict[str, torch.Tensor]]:
     """The whole weights at each checkpoint, by step."""
     strategy, kept = fresh_strategy(settings), dict[int, dict[str, torch.Tensor]]()
+    saver = Saver(locate(settings.runs) / settings.name, settings)
 
     def save(progress: Progress) -> None:
-        checkpoint.save(locate(settings.runs) / settings.name, strategy.state(), progress, settings)
+        saver.save(strategy.state(), progress)
         weights = strategy.model.state_dict().items()
         kept[progress.step] = {name: tensor.full_tensor().clone() for name, tensor in weights}  # type: ignore[operator]
 
     train_ranks(settings, strategy, Progress(), rank, workers, save)
+    saver.wait()
     return kept
 
 

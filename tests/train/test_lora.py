@@ -104,7 +104,8 @@ def test_an_adapter_starts_as_the_artifact(settings: RunSettings) -> None:
 @pytest.fixture(scope="module")
 def exported(ranks: Ranks, settings: RunSettings) -> Callable[[str], Path]:
     """A trained run's folder of a form."""
-    run = open_run(settings, *starting_point(settings))
+    with open_run(settings, *starting_point(settings)) as run:
+        pass
     ranks.run(2, train_and_keep, settings)
 
     def of(form: str) -> Path:
@@ -154,7 +155,8 @@ def test_transformers_serves_the_llava_form(exported: Callable[[str], Path]) -> 
 
 def test_a_run_without_an_adapter_exports_none(ranks: Ranks, settings: RunSettings) -> None:
     whole = replace(settings, name="whole", steps=2, model=replace(settings.model, lora=LoraSettings()))
-    run = open_run(whole, *starting_point(whole))
+    with open_run(whole, *starting_point(whole)) as run:
+        pass
     ranks.run(1, train_and_keep, whole)
     with pytest.raises(SettingsError, match=rf"{run} trained no adapter.*--form artifact"):
         export(run, Path(settings.runs) / "none", form="adapter")

@@ -26,6 +26,8 @@ from tests.train.making import fresh_model
         ({"data": {"dataset": ""}}, "--data.dataset is missing"),
         ({"parallel": {"workers": 0}}, "--parallel.workers is 0; at least 1"),
         ({"checkpoint": {"every": 0}}, "--checkpoint.every is 0; at least 1"),
+        ({"parallel": {"min_workers": 0}}, "--parallel.min-workers is 0; at least 1"),
+        ({"parallel": {"min_workers": 3, "workers": 2}}, "--parallel.min-workers is 3; at most --parallel.workers 2"),
         ({"checkpoint": {"keep": 0}}, "--checkpoint.keep is 0; at least 1"),
         ({"model": {"init_from": "A"}}, "--tokenizer does not go with --model.init-from A"),
         (

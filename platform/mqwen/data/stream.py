@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
-import ray.train
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
 from mqwen.data.manifest import check_tokenizer
 from mqwen.data.order import Order, Position
+from mqwen.data.pace import Pace
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
 from mqwen.data.windows import Windows
@@ -38,34 +34,6 @@ logger = logging.getLogger(__name__)
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
 WINDOWS_AHEAD = 2  # for each CPU of the cluster: one that is being read, and one that is read while it waits its turn
 LEAST_AHEAD = 64 << 20  # bytes
-LONGEST_PAUSE = 0.05  # seconds
-
-
-class Pace(ExecutionCallback):
-    """Ray Data's scheduler looks again at once while readers wait for room; on a small machine that costs a core.
-
-    Here it waits, the longer the longer nothing was read: up to LONGEST_PAUSE seconds.
-    """
-
-    def __init__(self) -> None:
-        self._done, self._pause = 0, 0.0
-
-    def on_execution_step(self, executor: StreamingExecutor) -> None:
-        metrics = [operator.metrics for operator in executor._topology]
-        done = sum(metric.num_tasks_submitted + metric.num_task_outputs_generated for metric in metrics)
-        self._pause = min(LONGEST_PAUSE, 1.5 * self._pause + 0.0005) if done == self._done else 0.0
-        self._done = done
-        time.sleep(self._pause)
-
-
-class OrderedSplit(ray.train.DataConfig):
-    """Ray Train's way to hand a dataset to its workers, with the order kept; see the top of this file."""
-
-    def configure(
-        self, datasets: dict[str, ray.data.Dataset], world_size: int, *_: Any, **__: Any
-    ) -> list[dict[str, ray.data.DataIterator]]:
-        split = {name: dataset.streaming_split(world_size, equal=False) for name, dataset in datasets.items()}
-        return [{name: parts[rank] for name, parts in split.items()} for rank in range(world_size)]
 
 
 @dataclass(frozen=True)
@@ -80,6 +48,10 @@ class Stream:
     def __post_init__(self) -> None:
         """Raises DataError where the dataset's tokens were counted by another tokenizer: its packs would not fit."""
         check_tokenizer(self.dataset, self.order.manifest, self.processor.tokenizer.fingerprint)
+
+    def split(self, position: Position, workers: int) -> list[ray.data.DataIterator]:
+        """The rows from `position` on, dealt in turn: one iterator for each worker, which may be sent to it."""
+        return self.start(position).streaming_split(workers, equal=False)
 
     def start(self, position: Position) -> ray.data.Dataset:
         """A Ray dataset of the rows from `position` on, `rows` of them or more."""

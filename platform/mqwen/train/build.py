@@ -9,7 +9,7 @@ import torch
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
 from mqwen.model.artifact import open_artifact
 from mqwen.model.vocabulary import VOCABULARY_FILE
-from mqwen.storage import local_folder, locate, readable
+from mqwen.storage import Location, local_folder, locate, readable
 from mqwen.train.optimizer import freeze, parameter_groups
 from mqwen.train.settings import RunSettings, SettingsError
 
@@ -43,13 +43,16 @@ def check_trainable(settings: RunSettings, config: MQWenConfig) -> None:
     parameter_groups(model, settings.optimizer)
 
 
-def build_model(settings: RunSettings, config: MQWenConfig) -> MQWenLMHeadModel:
-    """The model as step 1 finds it, the same on every rank."""
+def build_model(settings: RunSettings, config: MQWenConfig, source: Location | None = None) -> MQWenLMHeadModel:
+    """The model as step 1 finds it, the same on every rank.
+
+    `source` is the place of `model.init_from`, for processes whose environment does not say how to reach it.
+    """
     torch.manual_seed(settings.seed)
     if settings.model.init_from:
         # In float32 whatever the artifact's dtype: small updates would be lost in fewer bits.
-        source = local_folder(locate(settings.model.init_from))
-        model = MQWenLMHeadModel.from_pretrained(source, dtype=torch.float32)
+        folder = local_folder(source or locate(settings.model.init_from))
+        model = MQWenLMHeadModel.from_pretrained(folder, dtype=torch.float32)
     else:
         model = MQWenLMHeadModel(config)
     return _prepared(model, settings)

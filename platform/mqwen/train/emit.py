@@ -20,7 +20,7 @@ def emit_step(run: str, record: StepRecord) -> None:
     training.STEP_SECONDS.observe(record.seconds, run=run)
 
 
-def emit_checkpoint(run: str, seconds: float) -> None:
-    """`seconds` is what it took; it has just been committed."""
-    training.CHECKPOINT_SECONDS.observe(seconds, run=run)
+def emit_checkpoint(run: str, started: float) -> None:
+    """`started` is when it was begun, by perf_counter; it has just been committed."""
+    training.CHECKPOINT_SECONDS.observe(time.perf_counter() - started, run=run)
     training.LAST_CHECKPOINT_TIMESTAMP.set(time.time(), run=run)

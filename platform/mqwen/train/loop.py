@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +43,12 @@ class Batch(Protocol):
     def images(self) -> int: ...
     @property
     def place(self) -> tuple[int, int, int]: ...
+    @property
+    def keys(self) -> list[str]: ...
+
+
+Accepts = Callable[[int, float, Callable[[], list[str]], float], bool]
+"""Given a step, its loss, what gives the keys of this rank's samples, and the gradient norm: whether it is to count."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,13 @@ def train(
     progress: Progress,
     on_step: Callable[[StepRecord], None],
     on_checkpoint: Callable[[Progress], None],
+    accepts: Accepts = lambda step, loss, keys, norm: True,
+    wants_checkpoint: Callable[[], bool] = lambda: False,
 ) -> Progress:
     """Trains from `progress` to the last step, or to the end of the data, and returns how far it came.
 
-    `rows` are this rank's; `on_step` and `on_checkpoint` are called on every rank at the same steps.
+    `rows` are this rank's; all that is called is called on every rank at the same steps. `wants_checkpoint` is asked
+    for one beside those that are due: it is made when any rank wants it.
     """
     rank, workers = dist.get_rank(), dist.get_world_size()
     per_step, every = settings.data.rows_per_step, settings.checkpoint.every
@@ -91,7 +101,8 @@ def train(
         waited = time.perf_counter() - started
 
         counted = [(1, batch.supervised, batch.positions, batch.images) for batch in batches]
-        n_rows, tokens, positions, images = _sum_over_ranks(*np.sum([(0, 0, 0, 0), *counted], axis=0))
+        sums = np.sum([(0, 0, 0, 0), *counted], axis=0)
+        n_rows, tokens, positions, images, wishes = _sum_over_ranks(*sums, wants_checkpoint())
         if not n_rows:
             break  # the end of the data, which all ranks see in the same step
         taken += per_step
@@ -107,12 +118,13 @@ def train(
         factor = rate_factor(step, settings.steps, settings.optimizer.warmup)
         for group in strategy.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        norm = strategy.step()
+        (whole_loss,) = _sum_over_ranks(loss.item())
+        norm = strategy.step(partial(accepts, step + 1, whole_loss, partial(_keys, batches)))
 
         progress = Progress(step + 1, place)
         record = StepRecord(
             step=step + 1,
-            loss=_sum_over_ranks(loss.item())[0],
+            loss=whole_loss,
             learning_rate=max(group["lr"] for group in strategy.optimizer.param_groups),
             gradient_norm=norm,
             tokens=int(tokens),
@@ -122,13 +134,17 @@ def train(
             data_wait=waited,
         )
         on_step(record)
-        if progress.step % every == 0:
+        if progress.step % every == 0 or wishes:
             saved = _over_all_ranks(progress)
             on_checkpoint(saved)
     if progress.step > saved.step:
         saved = _over_all_ranks(progress)
         on_checkpoint(saved)
     return saved
+
+
+def _keys(batches: list[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
 
 
 def _seed(seed: int, place: tuple[int, int, int]) -> None:

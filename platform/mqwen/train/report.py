@@ -5,11 +5,6 @@ from __future__ import annotations
 import io
 import json
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from mqwen.storage import Location
 
 
@@ -25,6 +20,11 @@ def read_metrics(run: Location) -> list[dict]:
 
 def draw_loss(records: list[dict]) -> bytes:
     """The loss curve as a PNG: every step, and a moving average over a fiftieth of them."""
+    import matplotlib  # for this alone, where a second of imports does not matter
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     width = max(1, len(losses) // 50)
     smooth = [

@@ -75,16 +75,25 @@ class ParallelSettings:
 
     `reshard_after_forward` frees a block's gathered weights between its forward and its backward pass: less memory for
     one more gathering. `max_failures` is how often a run may lose its workers and go on from its last checkpoint.
-    `wait_for_resources` is how many seconds a run waits at its start for others to end or the cluster to grow.
+    With `min_workers` a run goes on with as few where nodes are lost, and with more, up to `workers`, when others come.
+    `wait_for_resources` is how many seconds a run waits at its start for others to end or the cluster to grow;
+    `hang_timeout` after how many without a step the workers are ended and started again.
     """
 
     workers: int = 1
+    min_workers: int | None = None
     strategy: Literal["fsdp2"] = "fsdp2"
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
     reshard_after_forward: bool = True
     max_failures: int = 3
     wait_for_resources: float = 10.0
+    hang_timeout: float = 600.0
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which a run cannot go on."""
+        return self.workers if self.min_workers is None else self.min_workers
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -94,9 +103,27 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """A step whose loss or gradient norm is no number, or more than `spike` times the median of the last hundred
+    steps' (0 sees none), is left out. The run stops where more than `most` of them were.
+    """
+
+    spike: float = 10.0
+    most: int = 10
+
+
+@dataclass(frozen=True)
 class CheckpointSettings:
+    """The newest `keep` stay, and the `keep_best` with the lowest loss since the one before.
+
+    `patience` is for how many seconds the writing of one is tried again before the run stops. Training goes on
+    meanwhile.
+    """
+
     every: int = 100
     keep: int = 3
+    keep_best: int = 0
+    patience: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +136,7 @@ class RunSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     steps: int = 1000
@@ -125,16 +153,27 @@ class RunSettings:
             ("data.rows-per-step", self.data.rows_per_step, 1),
             ("data.packs-per-row", self.data.packs_per_row, 1),
             ("parallel.workers", self.parallel.workers, 1),
+            ("parallel.min-workers", self.parallel.fewest, 1),
             ("parallel.cpus-per-worker", self.parallel.cpus_per_worker, 1),
             ("parallel.gpus-per-worker", self.parallel.gpus_per_worker, 0),
             ("parallel.max-failures", self.parallel.max_failures, 0),
+            ("parallel.hang-timeout", self.parallel.hang_timeout, 1),
             ("data.pack-length", self.data.pack_length, 1),
             ("data.max-bad", self.data.max_bad, 0),
+            ("guard.spike", self.guard.spike, 0),
+            ("guard.most", self.guard.most, 0),
             ("checkpoint.every", self.checkpoint.every, 1),
             ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("checkpoint.keep-best", self.checkpoint.keep_best, 0),
+            ("checkpoint.patience", self.checkpoint.patience, 0),
         ):
             if value < least:
                 raise SettingsError(f"--{option} is {value}; at least {least} is needed")
+        if self.parallel.fewest > self.parallel.workers:
+            raise SettingsError(
+                f"--parallel.min-workers is {self.parallel.fewest}; at most --parallel.workers {self.parallel.workers} "
+                "is allowed"
+            )
         if not 0 <= self.model.lora.dropout < 1:
             raise SettingsError(f"--model.lora.dropout is {self.model.lora.dropout}; from 0 to below 1 is allowed")
         if self.model.init_from and (self.tokenizer or self.model.config):

@@ -39,7 +39,7 @@ def run_statuses(runs: Location, jobs: list[JobDetails]) -> list[RunStatus]:
 
 def _status(run: Location, jobs: list[JobDetails]) -> RunStatus:
     steps = json.loads((run / SETTINGS).read_bytes())["steps"]
-    saved = [checkpoint.read_commit(one).step for one in checkpoint.committed(run)]
+    saved = [checkpoint.read_commit(one).progress.step for one in checkpoint.committed(run)]
     records, start = read_metrics(run), last_start(run)
     step = saved[-1] if saved else 0
     loss = next((record["loss"] for record in records if record["step"] == step), None)

@@ -33,8 +33,9 @@ class Strategy(Protocol):
         """Adds this rank's part of the global batch's loss to the gradients: the sum over ranks is the gradient."""
         ...
 
-    def step(self) -> float:
-        """Clips, updates, clears the gradients; returns the gradient's global norm before clipping."""
+    def step(self, accepts: Callable[[float], bool] = lambda norm: True) -> float:
+        """Clips, updates if `accepts` says so of the gradient's global norm before clipping, clears the gradients;
+        returns that norm."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -69,11 +70,13 @@ class FSDP2:
     def backward(self, loss: torch.Tensor) -> None:
         (loss * dist.get_world_size()).backward()  # fully_shard averages over the ranks
 
-    def step(self) -> float:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip, foreach=True)
-        self.optimizer.step()
+    def step(self, accepts: Callable[[float], bool] = lambda norm: True) -> float:
+        clipped = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip, foreach=True)
+        norm = (clipped.full_tensor() if isinstance(clipped, DTensor) else clipped).item()
+        if accepts(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return norm
 
     def state(self) -> dict[str, Any]:
         weights, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions())
