@@ -11,7 +11,6 @@ import tyro
 
 from mqwen import cli
 from mqwen.cluster import cluster
-from mqwen.data.errors import DataError
 from mqwen.data.ingest import Ingest, IngestSettings, Source
 from mqwen.data.sources.digits import DigitsSource, Split
 from mqwen.data.sources.llava import LlavaSource
@@ -52,19 +51,13 @@ class Digits(Into):
         return DigitsSource(self.pictures, self.seed, self.split)
 
 
-def tokenizer(uri: str) -> MQWenTokenizer:
-    folder = local_folder(readable(uri), without="*.safetensors")
-    if not (folder / VOCABULARY_FILE).is_file():  # else transformers would look for it on the Hub
-        raise DataError(f"--tokenizer {uri} holds no {VOCABULARY_FILE}; give an artifact, or a folder with that file")
-    return MQWenTokenizer.from_pretrained(folder)
-
-
 def main() -> None:
     command = tyro.cli(
         Annotated[Llava, tyro.conf.subcommand("llava")] | Annotated[Digits, tyro.conf.subcommand("digits")],
         description=__doc__,
     )
-    processor = MQWenProcessor(tokenizer(command.tokenizer))
+    folder = local_folder(readable(command.tokenizer), without="*.safetensors", needs=VOCABULARY_FILE)
+    processor = MQWenProcessor(MQWenTokenizer.from_pretrained(folder))
     ingest = Ingest.prepare(command.source(), writable(command.dataset), processor, command.settings)
     with cluster(cpus=2):
         manifest = ingest.run(lambda done, shards: print(f"shard {done}/{shards}", flush=True))

@@ -29,7 +29,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "other tokenizer": ([*READY, "{tmp}/other"], ["error: {tmp}/other was ingested with another tokenizer"]),
     "missing tokenizer": (
         [*PRETRAIN, "--data.dataset", "{tmp}/other", "--tokenizer", "{tmp}/nowhere"],
-        ["error: --tokenizer {tmp}/nowhere holds no qwen.tiktoken"],
+        ["error: {tmp}/nowhere holds no qwen.tiktoken"],
     ),
     "fine-tuning of nothing": (
         ["jobs/finetune.py", "--recipe", "sft-lora", "--data.dataset", "{tmp}/other"],
@@ -46,6 +46,10 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "export of a missing run": (
         ["jobs/export.py", "--run", "{tmp}/nowhere", "--to", "{tmp}/artifact"],
         ["error: {tmp}/nowhere has no committed checkpoint"],
+    ),
+    "release by a missing config": (
+        ["jobs/release.py", "roll-back", "--service.config", "{tmp}/nowhere.yaml"],
+        ["error: --service.config {tmp}/nowhere.yaml cannot be read"],
     ),
     "ingest into a missing bucket": (
         ["jobs/ingest.py", "digits", "--tokenizer", "{tokenizer}", "--dataset", "s3://nowhere/data"],

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import ray
@@ -20,13 +21,14 @@ from PIL import Image
 
 from mqwen.demo.serving import served
 from mqwen.demo.stages import Stages
+from mqwen.release.client import Chat, Server, ask
 from mqwen.storage import locate
 from mqwen.telemetry import reading, training
 from mqwen.train.checkpoint import committed, read_commit
 from mqwen.train.provenance import last_start
 from mqwen.train.report import read_metrics
 from tests.end_to_end.commands import ROOT, SMALL, read_until
-from tests.end_to_end.nodes import Cluster, cluster
+from tests.end_to_end.nodes import Cluster, cluster, free_port
 from tests.end_to_end.place import COLOURS, EVERY, PICTURES, QUESTION, STEPS, Place, losses, make_place
 from tests.scraping import Scrape, declared, discovered, scrape_until, scraped_meanwhile
 
@@ -196,6 +198,7 @@ def artifact(submitted: str, place: Place) -> str:
     return artifact
 
 
+@pytest.mark.soak
 def test_the_exported_run_answers_right(artifact: str, place: Place, tmp_path: Path) -> None:
     stages = Stages(ROOT / "jobs", place.cluster.shell.environment())
     with served(stages, locate(artifact), tmp_path) as server:
@@ -238,3 +241,32 @@ def test_an_artifact_is_fine_tuned_and_evaluated(artifact: str, submitted: str, 
     assert scores["exact_match"] == 1.0
     answers = [json.loads(line) for line in (tmp_path / "evaluation" / "answers.jsonl").read_text().splitlines()]
     assert all(one["answer"] == one["expected"] for one in answers)
+
+
+def test_a_submitted_release_brings_its_code_along(submitted: str, place: Place, tmp_path: Path) -> None:
+    """Also where the nodes of the replicas have none: what Serve is told to run is the job's upload."""
+    port, dashboard = free_port(), place.cluster.dashboard
+    application = {"name": "colours", "import_path": "serve.app:build"}
+    config = {"http_options": {"port": port}, "proxy_location": "HeadOnly"}
+    config |= {"applications": [application | {"args": {"name": "colours", "auth": "off", "cpus": 0.5}}]}
+    (tmp_path / "serve.yaml").write_text(json.dumps(config))
+    words = ["--run", f"{place.runs}/first", "--to", f"{place.cluster.bucket}/releases", "--heldout", place.dataset]
+    words += ["--bar.exact-match", "1", "--canary.max-tokens", "8", "--canary.questions", "12"]
+    words += ["--service.config", str(tmp_path / "serve.yaml"), "--service.address", dashboard]
+    job = place.cluster.submit("python", "jobs/release.py", "ship", *words)
+    assert job.returncode == 0, job.stdout + job.stderr
+    name = f"colours-first-step-{STEPS:08d}"
+    assert f"live: {name}" in job.stdout
+    serving = {"url": f"{dashboard}/api/serve/applications/", "timeout": 60}
+    serving |= {"headers": {"Authorization": f"Bearer {place.cluster.shell.variables['RAY_AUTH_TOKEN']}"}}
+    deployed = httpx.get(**serving).json()["applications"][name]["deployed_app_config"]
+    assert deployed["runtime_env"]["working_dir"].startswith("gcs://")
+    assert deployed["args"]["checkpoint"] == f"{place.cluster.bucket}/releases/{name}/artifact"
+    for shade, colour in COLOURS.items():
+        picture = io.BytesIO()
+        Image.new("RGB", (48, 48), colour).save(picture, "PNG")
+        question = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        server = Server(f"http://127.0.0.1:{port}", "", "colours")
+        (reply,) = ask(server, [Chat([{"role": "user", "content": question}], [picture.getvalue()])], 8)
+        assert reply.text == shade
+    assert httpx.delete(**serving).is_success

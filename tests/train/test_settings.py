@@ -63,10 +63,10 @@ def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
 def test_a_tokenizer_that_is_none(settings: RunSettings, dataset: Path) -> None:
     for tokenizer, message in (
         ("", "--tokenizer is missing"),
-        (str(dataset), f"--tokenizer {dataset} holds no qwen.tiktoken"),
-        ("org/repository", "--tokenizer org/repository holds no qwen.tiktoken"),  # nothing is fetched
+        (str(dataset), f"{dataset} holds no qwen.tiktoken"),
+        ("org/repository", "org/repository holds no qwen.tiktoken"),  # nothing is fetched
     ):
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises(UserError, match=message):
             starting_point(replace(settings, tokenizer=tokenizer))
 
 

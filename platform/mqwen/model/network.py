@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -255,6 +254,3 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
     """Index of the positions whose logits are asked for; slice(-0, None) takes all."""
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-
-
-AutoModelForCausalLM.register(MQWenConfig, MQWenLMHeadModel)

@@ -22,11 +22,7 @@ def starting_point(settings: RunSettings) -> tuple[MQWenConfig, MQWenProcessor]:
         return open_artifact(local_folder(readable(settings.model.init_from)))
     if not settings.tokenizer:
         raise SettingsError("--tokenizer is missing: fresh weights need the folder of a qwen.tiktoken")
-    folder = local_folder(readable(settings.tokenizer), without="*.safetensors")
-    if not (folder / VOCABULARY_FILE).is_file():  # else transformers would look for it on the Hub
-        raise SettingsError(
-            f"--tokenizer {settings.tokenizer} holds no {VOCABULARY_FILE}; give an artifact, or a folder with that file"
-        )
+    folder = local_folder(readable(settings.tokenizer), without="*.safetensors", needs=VOCABULARY_FILE)
     tokenizer = MQWenTokenizer.from_pretrained(folder)
     rows = -(-tokenizer.vocab_size // EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
     config = MQWenConfig(**settings.model.config, vocab_size=rows, image_token_id=tokenizer.image_token_id)
