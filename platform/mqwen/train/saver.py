@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from mqwen.storage import Location, StorageError, locate, retried
 from mqwen.train.checkpoint import COMMIT, CheckpointError, Commit, committed, read_commit, step_folder
@@ -39,6 +40,8 @@ class Saver:
         self._patience = settings.checkpoint.patience
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience) + UNEVEN)
         self._rank = dist.get_rank()
+        # From a GPU the copy goes to pinned memory, which is kept for the next.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -56,7 +59,7 @@ class Saver:
         `on_commit` is called on rank 0, in the thread.
         """
         self.wait()
-        staged = _copied(state)
+        staged = self._stager.stage(state)
 
         def run() -> None:
             try:
@@ -144,15 +147,6 @@ class Saver:
                     _clear(old)
         except (StorageError, CheckpointError) as error:
             print(f"warning: an old checkpoint stays: {error}", flush=True)
-
-
-def _copied(state: Any) -> Any:
-    """The state with its tensors in memory of their own, on the CPU; sharded ones stay sharded."""
-    if isinstance(state, dict):
-        return {name: _copied(value) for name, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_copied(value) for value in state)
-    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
 @contextmanager
