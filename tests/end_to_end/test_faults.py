@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from mqwen.train.report import read_metrics
 from tests.end_to_end.commands import read_until
 from tests.end_to_end.nodes import Cluster, cluster, lose
 from tests.end_to_end.place import STEPS, Place, make_place
+from tests.faulty import Faulty
 
 pytestmark = pytest.mark.soak
 
@@ -25,8 +27,14 @@ SAVED = r"step (1|2)\d: checkpoint"
 
 
 @pytest.fixture(scope="module")
-def nodes(moto: str) -> Iterator[Cluster]:
-    with cluster(moto) as found:
+def s3(moto: str) -> Iterator[Faulty]:
+    with Faulty(moto).serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def nodes(s3: Faulty) -> Iterator[Cluster]:
+    with cluster(s3.url) as found:
         yield found
 
 
@@ -120,6 +128,30 @@ def test_a_worker_that_hangs_ends_with_its_stacks_and_the_run_goes_on(
     for name in stacks.names():
         assert "in train\n" in (stacks / name).read_bytes().decode()
     assert_same_steps(metrics(place, "hanging"), undisturbed, 1e-5)
+
+
+def test_storage_away_for_a_minute(place: Place, undisturbed: list[dict[str, Any]], s3: Faulty) -> None:
+    with place.cluster.shell.start(*place.options("away", "--parallel.workers", 3)) as process:
+        read_until(process, SAVED)
+        s3.down = True
+        back = threading.Timer(60, lambda: setattr(s3, "down", False))
+        back.start()
+        output = rest_of(process)
+        back.join()
+    assert "; trying again in 1 s" in output
+    assert "resumed from" not in output
+    assert_same_steps(metrics(place, "away"), undisturbed, 1e-5)
+
+
+def test_storage_that_refuses_every_third_request(
+    place: Place, undisturbed: list[dict[str, Any]], s3: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "refuse_every", 3)
+    before = s3.refused
+    output = place.cluster.shell.done(*place.options("refused", "--parallel.workers", 3))
+    assert "resumed from" not in output
+    assert s3.refused > before + 10
+    assert_same_steps(metrics(place, "refused"), undisturbed, 1e-5)
 
 
 def test_a_node_that_will_be_taken_away_gets_a_checkpoint_before(place: Place) -> None:

@@ -15,7 +15,7 @@ from mqwen.data.order import Order, Place, Position
 from mqwen.data.row import Entry, RowBuilder
 from mqwen.data.sample import Sample, read_sample
 from mqwen.model import MQWenProcessor
-from mqwen.storage import Location, TruncatedFileError
+from mqwen.storage import Location, TruncatedFileError, retried
 from mqwen.telemetry import reading
 
 
@@ -55,7 +55,7 @@ class WindowReader:
 
 @lru_cache(maxsize=64)
 def _index(dataset: Location, shard: Shard) -> pa.Table:
-    return read_index(dataset, shard)
+    return retried(lambda: read_index(dataset, shard))
 
 
 class Samples:
@@ -85,7 +85,7 @@ def _read_run(dataset: Location, run: list[Place]) -> tuple[int, bytes]:
     length = max(place.offset + place.nbytes for place in run) - first
     started = time.perf_counter()
     try:
-        data = (dataset / f"{run[0].shard.name}.tar").read_range(first, length)
+        data = retried(lambda: (dataset / f"{run[0].shard.name}.tar").read_range(first, length))
     except TruncatedFileError as error:
         data = error.data
     reading.READ_SECONDS.observe(time.perf_counter() - started, dataset=dataset.name)

@@ -4,6 +4,7 @@ from mqwen.storage.check import readable, writable
 from mqwen.storage.errors import MissingFileError, StorageError, TruncatedFileError
 from mqwen.storage.local import filled, local_folder
 from mqwen.storage.location import Location, locate
+from mqwen.storage.retry import retried
 
 __all__ = [
     "Location",
@@ -14,5 +15,6 @@ __all__ = [
     "local_folder",
     "locate",
     "readable",
+    "retried",
     "writable",
 ]

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from mqwen.errors import UserError
-from mqwen.storage import Location, MissingFileError
+from mqwen.storage import Location, MissingFileError, retried
 from mqwen.train.loop import Progress
 
 FORMAT_VERSION = 2
@@ -80,7 +80,8 @@ def step_folder(run: Location, step: int) -> Location:
 
 def committed(run: Location) -> list[Location]:
     """The run's checkpoints, oldest first."""
-    return [folder(run) / name for name in folder(run).names() if (folder(run) / name / COMMIT).exists()]
+    places = [folder(run) / name for name in retried(folder(run).names)]
+    return [place for place in places if retried((place / COMMIT).exists)]
 
 
 def progress(run: Location) -> Progress:
@@ -98,14 +99,14 @@ def read_commit(checkpoint: Location) -> Commit:
     format.
     """
     try:
-        commit = Commit.read((checkpoint / COMMIT).read_bytes())
+        commit = Commit.read(retried((checkpoint / COMMIT).read_bytes))
     except MissingFileError as error:
         raise CheckpointError(f"{checkpoint} is no committed checkpoint: it has no {COMMIT}") from error
     except FormatError as error:
         raise CheckpointError(f"{checkpoint} has format version {error}, this code reads {FORMAT_VERSION}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{checkpoint / COMMIT} is damaged ({error}); use another checkpoint") from error
-    sizes = checkpoint.sizes()
+    sizes = retried(checkpoint.sizes)
     for name, entry in commit.files.items():
         size = sizes.get(name)
         if size != entry["bytes"]:
@@ -174,7 +175,7 @@ class _CheckedReader(dcp.FileSystemReader):
     def fetch(self, name: str) -> None:
         file, source = self._local / name, self._checkpoint / name
         if not isinstance(source.filesystem, pafs.LocalFileSystem):
-            source.download(file)
+            retried(lambda: source.download(file))
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != self._commit.files[name]["sha256"]:

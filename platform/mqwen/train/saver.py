@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from mqwen.storage import Location, StorageError, locate
+from mqwen.storage import Location, StorageError, locate, retried
 from mqwen.train.checkpoint import COMMIT, CheckpointError, Commit, committed, read_commit, step_folder
 from mqwen.train.loop import Progress
 from mqwen.train.settings import RunSettings
 
-LONGEST_PAUSE = 15.0  # seconds between two tries
 UNEVEN = timedelta(minutes=30)  # how much longer one rank may write than another
 
 
@@ -40,6 +40,8 @@ class Saver:
         self._patience = settings.checkpoint.patience
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience) + UNEVEN)
         self._rank = dist.get_rank()
+        # From a GPU the copy goes to pinned memory, which is kept for the next.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -57,7 +59,7 @@ class Saver:
         `on_commit` is called on rank 0, in the thread.
         """
         self.wait()
-        staged = _copied(state)
+        staged = self._stager.stage(state)
 
         def run() -> None:
             try:
@@ -93,10 +95,10 @@ class Saver:
 
     def _write(self, state: dict[str, Any], progress: Progress, loss: float | None, beside: dict[str, bytes]) -> None:
         target, limit = step_folder(self._run, progress.step), time.monotonic() + self._patience
-        self._together(lambda: self._retried(lambda: _clear(target), target, limit) if self._rank == 0 else None)
+        self._together(lambda: self._retried(lambda: _clear(target), limit) if self._rank == 0 else None)
         with _writable(target) as local:
             dcp.save(state, storage_writer=dcp.FileSystemWriter(local), process_group=self._group)
-            entries = self._together(lambda: self._retried(lambda: _put(local, target, self._rank), target, limit))
+            entries = self._together(lambda: self._retried(lambda: _put(local, target, self._rank), limit))
         files = {name: entry for table in entries for name, entry in table.items()}
         commit = Commit(progress, asdict(self._settings), files, loss)
 
@@ -105,7 +107,7 @@ class Saver:
                 (self._run / name).write_bytes(data)
             (target / COMMIT).write_bytes(commit.written())
 
-        self._together(lambda: self._retried(finish, target, limit) if self._rank == 0 else None)
+        self._together(lambda: self._retried(finish, limit) if self._rank == 0 else None)
         if self._rank == 0:
             print(f"step {progress.step}: checkpoint {target}", flush=True)
             self._remove_old()
@@ -123,21 +125,12 @@ class Saver:
             raise CheckpointError(f"a checkpoint could not be written: {'; '.join(problems)}") from cause
         return [result for result, _ in found]
 
-    def _retried(self, work: Callable[[], Any], target: Location, limit: float) -> Any:
+    def _retried(self, work: Callable[[], Any], limit: float) -> Any:
         """Tries again while the time lasts."""
-        pause = 1.0
-        while True:
-            try:
-                return work()
-            except StorageError as error:
-                if time.monotonic() + pause > limit:
-                    raise StorageError(
-                        f"{error}; tried for --checkpoint.patience {self._patience:g} seconds"
-                    ) from error
-                # Every rank may be the one that fails.
-                print(f"checkpoint {target}: {error}; trying again in {pause:.0f} s", flush=True)
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+        try:
+            return retried(work, until=limit)
+        except StorageError as error:
+            raise StorageError(f"{error}; tried for --checkpoint.patience {self._patience:g} seconds") from error
 
     def _remove_old(self) -> None:
         """All but the newest and the best. What cannot be removed stays, and is tried again with the next."""
@@ -154,15 +147,6 @@ class Saver:
                     _clear(old)
         except (StorageError, CheckpointError) as error:
             print(f"warning: an old checkpoint stays: {error}", flush=True)
-
-
-def _copied(state: Any) -> Any:
-    """The state with its tensors in memory of their own, on the CPU; sharded ones stay sharded."""
-    if isinstance(state, dict):
-        return {name: _copied(value) for name, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_copied(value) for value in state)
-    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
 @contextmanager
