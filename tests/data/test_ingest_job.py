@@ -58,7 +58,7 @@ def photos(tmp_path: Path) -> Path:
         (["--conversatoins", "x"], "--conversations"),
         (["--conversations", "{tmp}/nowhere.json"], "error: {tmp}/nowhere.json does not exist"),
         (["--conversations", "{tmp}/empty.json"], "error: {tmp}/empty.json holds no conversations"),
-        (["--tokenizer", "{tmp}/photos"], "error: --tokenizer {tmp}/photos holds no qwen.tiktoken"),
+        (["--tokenizer", "{tmp}/photos"], "error: {tmp}/photos holds no qwen.tiktoken"),
     ],
 )
 def test_wrong_options_before_ray_starts(

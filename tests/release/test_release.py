@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from mqwen.data.sample import Sample
 from mqwen.model.chat import text_of
 from mqwen.release.client import Chat, Reply, Server, ask
 from serve.keys import ENVIRONMENT, hash_key
-from tests.end_to_end.commands import ROOT, Shell, shell
+from tests.end_to_end.commands import ROOT, Shell, read_until, shell
 from tests.end_to_end.nodes import BIN, free_port, wait
 from tests.release.making import MAX_TOKENS, QUESTIONS, make_all
 
@@ -48,11 +49,14 @@ class Place:
         places = ["--run", self.folder / "runs" / "first", "--to", self.folder / "to", "--heldout"]
         return self.release("ship", *places, self.folder / "heldout", "--canary.max-tokens", MAX_TOKENS, *words)
 
+    def details(self) -> dict[str, Any]:
+        asking = {"Authorization": f"Bearer {self.shell.variables['RAY_AUTH_TOKEN']}"}
+        reply = httpx.get(f"{self.dashboard}/api/serve/applications/", headers=asking, timeout=30)
+        return reply.json()["applications"]
+
     def applications(self) -> dict[str, tuple[str, str]]:
         """Route and status of each application, by name."""
-        asking = {"Authorization": f"Bearer {self.shell.variables['RAY_AUTH_TOKEN']}"}
-        details = httpx.get(f"{self.dashboard}/api/serve/applications/", headers=asking, timeout=30).json()
-        return {name: (one["route_prefix"], one["status"]) for name, one in details["applications"].items()}
+        return {name: (one["route_prefix"], one["status"]) for name, one in self.details().items()}
 
     def replicas(self) -> set[int]:
         """Process ids of what holds a model."""
@@ -87,7 +91,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         port, dashboard, http = free_port(), free_port(), free_port()
         found.variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "MQWEN_API_KEY": KEY}
         words = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
-        words += ["--num-cpus=3", "--disable-usage-stats", "--block"]
+        words += ["--num-cpus=4", "--disable-usage-stats", "--block"]
         with (found.ray_folder / "log").open("w") as log:
             subprocess.Popen(
                 [BIN / "ray", "start", *words],
@@ -101,7 +105,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         wait(lambda: httpx.get(f"http://127.0.0.1:{dashboard}/api/version", headers=asking).is_success)
         found.variables["RAY_ADDRESS"] = f"127.0.0.1:{port}"
         application: dict[str, Any] = {"name": "ours", "import_path": "serve.app:build"}
-        application["args"] = {"name": "ours", "cpus": 0.5}
+        application["args"] = {"name": "ours", "cpus": 0.5, "min_replicas": 2, "max_replicas": 2}
         application["runtime_env"] = {"env_vars": {ENVIRONMENT: hash_key(KEY)}}
         config = {"http_options": {"port": http}, "applications": [application]}
         (folder / "serve.yaml").write_text(json.dumps(config))  # JSON is YAML
@@ -176,19 +180,36 @@ def test_a_checkpoint_that_is_live_or_below_the_bar_is_not_deployed(place: Place
 def test_a_candidate_that_does_not_start_leaves_the_live_one(place: Place, released: str) -> None:
     file = place.folder / "serve.yaml"
     good = file.read_text()
-    file.write_text(good.replace('"cpus"', '"cpsu"'))
-    code, output = place.ship("--bar.loss", 1e9)
-    file.write_text(good)
-    assert code == 2, output
-    assert "Unknown option cpsu=0.5; did you mean cpus?" in output
+    for old, new, limit, message in (
+        ('"cpus"', '"cpsu"', 100, "Unknown option cpsu=0.5; did you mean cpus?"),
+        ("0.5", "64", 8, f"application '{SECOND}' is not running after 8 s: "),
+    ):
+        file.write_text(good.replace(old, new))
+        code, output = place.ship("--bar.loss", 1e9, "--service.start-limit", limit)
+        file.write_text(good)
+        assert code == 2, output
+        assert message in output
     wait(lambda: place.applications() == {FIRST: ("/", "RUNNING")})
     assert place.right() == QUESTIONS
+
+
+def test_an_interrupted_release_ends_its_candidate(place: Place, released: str) -> None:
+    words = ["--run", place.folder / "runs" / "first", "--to", place.folder / "to", "--bar.loss", 1e9, "--heldout"]
+    words += [place.folder / "heldout", "--service.config", place.folder / "serve.yaml"]
+    words += ["--service.address", place.dashboard]
+    with place.shell.start("jobs/release.py", "ship", *words) as process:
+        read_until(process, "above the bar")
+        wait(lambda: SECOND in place.applications())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    wait(lambda: place.applications() == {FIRST: ("/", "RUNNING")})
 
 
 def test_what_the_canary_refuses_goes_and_the_live_one_stays(place: Place, released: str) -> None:
     before = place.replicas()
     with under_load(place) as load:
-        code, output = place.ship("--bar.loss", 1e9)
+        other = ["--canary-set", place.folder / "heldout", "--canary.seed", 1, "--service.url", place.server.url]
+        code, output = place.ship("--bar.loss", 1e9, *other)
     assert code == 2, output
     said = f"of {QUESTIONS} canary questions the candidate answers {place.same} right, the live model {QUESTIONS}"
     assert said in output
@@ -201,9 +222,13 @@ def test_what_the_canary_refuses_goes_and_the_live_one_stays(place: Place, relea
 
 def test_a_switch_and_the_way_back_lose_no_request_and_restart_no_replica(place: Place, released: str) -> None:
     before = place.replicas()
+    file = place.folder / "serve.yaml"
+    file.write_text(file.read_text().replace('"min_replicas": 2', '"min_replicas": 1'))
     with under_load(place) as load:
         code, output = place.ship("--bar.loss", 1e9, "--canary.allowed-drop", 1)
     assert code == 0, output
+    # As many as the live one had, not as few as it may shrink to.
+    assert len(place.details()[SECOND]["deployments"]["ModelReplica"]["replicas"]) == 2
     assert output.splitlines()[-1] == f"live: {SECOND}; standing by: {FIRST}"
     assert place.applications() == {SECOND: ("/", "RUNNING"), FIRST: (f"/{FIRST}", "RUNNING")}
     both = place.replicas()

@@ -242,7 +242,8 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
     def from_pretrained(cls, directory: Folder, **kwargs: Any) -> MQWenLMHeadModel:
         """Read the artifact that `save_pretrained` wrote: config.json and safetensors in a local folder.
 
-        Keyword arguments go to transformers' from_pretrained (dtype, device_map, ...).
+        Keyword arguments go to transformers' from_pretrained (dtype, device_map, ...). On the CPU, in the files' own
+        dtype, the weights stay mapped: pages that processes share, read when they are first used.
 
         Raises:
             CheckpointError, ConfigurationError: as `check_artifact`, before any weight is read.

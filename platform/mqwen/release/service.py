@@ -91,12 +91,13 @@ class Service:
     def candidate(self, name: str, checkpoint: str) -> Iterator[Application]:
         """Starts an application beside the live one, in the place of the standby; ends it where the block fails.
 
-        Raises ReleaseError where it does not get ready.
+        It starts with as many replicas as the live one has come to, whose load it may get at once. Raises ReleaseError
+        where it does not get ready.
         """
         one = copy.deepcopy(self._template) | {"name": name, "route_prefix": f"/{name}"}
-        one["args"]["checkpoint"] = checkpoint
-        one["runtime_env"] = _with_upload(one.get("runtime_env", {}))
         live = self.live
+        one["args"] |= {"checkpoint": checkpoint, "initial_replicas": self._replicas(one["args"], live)}
+        one["runtime_env"] = _with_upload(one.get("runtime_env", {}))
         stay = [live] if live else []
         try:
             self._deploy([*stay, one])
@@ -133,6 +134,13 @@ class Service:
     def _details(self) -> dict[str, Any]:
         with self._answers():
             return self._client.get_serve_details()["applications"]
+
+    def _replicas(self, args: dict[str, Any], live: Application | None) -> int:
+        """Of the live application, within what the new one may have."""
+        deployments = self._details()[live["name"]]["deployments"] if live else {}
+        running = max((len(one["replicas"]) for one in deployments.values()), default=1)
+        least = int(args.get("min_replicas", 1))
+        return max(least, min(running, int(args.get("max_replicas", least))))
 
     def _mine(self) -> list[Application]:
         configs = [details["deployed_app_config"] for details in self._details().values()]
