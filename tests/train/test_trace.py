@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def run(settings: RunSettings) -> Location:
-    return open_run(replace(settings, steps=40), *starting_point(settings))
+def run(settings: RunSettings) -> Iterator[Location]:
+    with open_run(replace(settings, steps=40), *starting_point(settings)) as run:
+        yield run
 
 
 def test_a_step_is_traced_from_the_start_or_from_a_position(settings: RunSettings, run: Location) -> None:
