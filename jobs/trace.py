@@ -11,9 +11,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from mqwen import cli
-from mqwen.data.trace import trace
 from mqwen.storage import readable
-from mqwen.training import reader_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,9 @@ class Trace:
 
 def main() -> None:
     command = tyro.cli(Trace, description=__doc__)
+    from mqwen.data.trace import trace
+    from mqwen.training import reader_of  # brings torch and Ray, for which a wrong option need not wait
+
     reader, skipped, rows = reader_of(readable(command.run), command.step)
     table = Table("epoch, window, row", "pack", "key", "source", "tokens", "pictures", "positions", "left out")
     for one in trace(reader, skipped, rows):
