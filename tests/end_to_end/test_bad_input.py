@@ -11,8 +11,9 @@ import pytest
 from tests.conftest import KEYS
 from tests.end_to_end.commands import SMALL, Shell
 
-EMPTY = {"shards": [], "tokenizer": "0" * 64, "rejected": {"picture": 3}, "format_version": 1}
-SHARD = {"name": "shard-000000", "samples": 1, "tokens": 9, "images": 0, "nbytes": 1, "sha256": "", "index_sha256": ""}
+EMPTY = {"shards": [], "tokenizer": "0" * 64, "rejected": {"picture": 3}, "format_version": 2}
+SHARD = {"name": "shard-000000", "file": "shard-000000.tar", "samples": 1, "tokens": 9, "images": 0, "nbytes": 1}
+SHARD |= {"sha256": "", "index_sha256": ""}
 
 PRETRAIN = ["jobs/pretrain.py", *SMALL, "--runs", "{tmp}/runs"]
 READY = [*PRETRAIN, "--tokenizer", "{tokenizer}", "--data.dataset"]

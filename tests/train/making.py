@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from mqwen import training
 from mqwen.data.batch import Batch, unpack
-from mqwen.data.manifest import read_manifest
-from mqwen.data.order import Order, OrderSettings, Position
+from mqwen.data.order import Order, Position
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
 from mqwen.model import MQWenLMHeadModel
@@ -64,25 +64,14 @@ def tiny_settings(tokenizer: Path, dataset: Path, runs: Path) -> RunSettings:
 
 
 def order_of(settings: RunSettings) -> Order:
-    data, (config, _) = settings.data, starting_point(settings)
-    return Order(
-        read_manifest(locate(data.dataset)),
-        OrderSettings(
-            settings.seed,
-            data.pack_length,
-            data.packs_per_row,
-            config.image_positions,
-            data.run_samples,
-            data.window_runs,
-        ),
-    )
+    return training.order_of(settings, starting_point(settings)[0].image_positions)
 
 
 def rows_from(settings: RunSettings, progress: Progress) -> Iterator[Batch]:
     """The rows of the order behind a progress, without end."""
     order, processor = order_of(settings), starting_point(settings)[1]
     start = Position.after(progress.place) if progress.place else Position()
-    reader = WindowReader(locate(settings.data.dataset), order, processor, start)
+    reader = WindowReader(order, processor, start)
     for window in itertools.count():
         for table in reader.rows(window):
             yield unpack(table, settings.data.packs_per_row, SIDE)

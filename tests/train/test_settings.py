@@ -24,6 +24,8 @@ from tests.train.making import fresh_model
         ({"data": {"rows_per_step": 0}}, "--data.rows-per-step is 0; at least 1"),
         ({"data": {"packs_per_row": -1}}, "--data.packs-per-row is -1; at least 1"),
         ({"data": {"dataset": ""}}, "--data.dataset is missing"),
+        ({"data": {"mixture": {"a": 1.0}}}, "--data.dataset does not go with --data.mixture"),
+        ({"data": {"dataset": "", "mixture": {"a": 0.0}}}, "--data.mixture gives a the weight 0.0; more than 0"),
         ({"parallel": {"workers": 0}}, "--parallel.workers is 0; at least 1"),
         ({"checkpoint": {"every": 0}}, "--checkpoint.every is 0; at least 1"),
         ({"parallel": {"min_workers": 0}}, "--parallel.min-workers is 0; at least 1"),

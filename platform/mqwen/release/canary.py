@@ -10,8 +10,9 @@ from statistics import median
 
 from rich.table import Table
 
+from mqwen.data.dataset import Dataset
 from mqwen.data.order import Place
-from mqwen.data.reader import Samples
+from mqwen.data.runs import Samples
 from mqwen.data.sample import Sample
 from mqwen.evaluate.metrics import exact_match
 from mqwen.model.chat import text_of
@@ -100,7 +101,7 @@ class Comparison:
 
 def compare(
     canary: Canary,
-    dataset: Location,
+    dataset: Dataset,
     places: Sequence[Place],
     candidate: Server,
     live: Server | None,
@@ -108,11 +109,11 @@ def compare(
 ) -> Comparison:
     """Asks both each question. Raises ReleaseError where the set has no readable sample."""
     drawn = Random(canary.seed).sample(list(places), min(canary.questions, len(places)))
-    reader = Samples(dataset, drawn)
+    reader = Samples([dataset], drawn)
     samples = [sample for place in drawn if isinstance(sample := reader.read(place), Sample)]
     if not samples:
         raise ReleaseError(
-            f"none of the {len(drawn)} samples drawn from {dataset} can be read; name another canary set"
+            f"none of the {len(drawn)} samples drawn from {dataset.location} can be read; name another canary set"
         )
     chats = [Chat(sample.messages[:-1], sample.pictures) for sample in samples]
 

@@ -75,10 +75,10 @@ class Release:
         Whatever ends it before the last step, Ctrl-C too, ends the candidate, and the live model stays the live one.
         """
         settings, service, live = self._settings, self._service, self._live
-        places = self._evaluation(self._canary_set).places
+        canary = self._evaluation(self._canary_set)
         with service.candidate(self.name, str(self._artifact)) as candidate:
             servers = service.server(candidate), service.server(live) if live else None
-            found = compare(settings.canary, self._canary_set, places, *servers, progress)
+            found = compare(settings.canary, canary.dataset, canary.places, *servers, progress)
             found.write(self.folder / "canary.jsonl")
             show(found)
             found.check(settings.canary)

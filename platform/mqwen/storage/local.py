@@ -95,3 +95,14 @@ def filled(target: Location, last: str) -> Iterator[Path]:
             (target / name).delete()
         for name in sorted(files, key=lambda name: name == last):
             (target / name).upload(files[name])
+
+
+@contextmanager
+def local_file(location: Location) -> Iterator[Path]:
+    """A file of this machine with what lies at `location`: that file itself, or a copy for the time of the block."""
+    if isinstance(location.filesystem, pafs.LocalFileSystem):
+        yield Path(location.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="mqwen-") as folder:
+        location.download(Path(folder) / location.name)
+        yield Path(folder) / location.name

@@ -38,12 +38,14 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`dataset` is a URI that jobs/ingest.py wrote. A row is what one forward pass takes.
+    """`dataset` is a URI that jobs/ingest.py wrote; instead, `mixture` gives several and the weight of each, its share
+    of the samples. A row is what one forward pass takes.
 
     `max_bad` is the share of samples that may turn out unreadable before the run stops.
     """
 
     dataset: str = ""
+    mixture: dict[str, float] = field(default_factory=dict)
     pack_length: int = 2048
     packs_per_row: int = 1
     rows_per_step: int = 8
@@ -181,8 +183,13 @@ class RunSettings:
             raise SettingsError(
                 f"{option} does not go with --model.init-from {self.model.init_from}: an artifact brings its own"
             )
-        if not self.data.dataset:
+        if not self.data.dataset and not self.data.mixture:
             raise SettingsError("--data.dataset is missing: give the URI of a dataset that jobs/ingest.py wrote")
+        if self.data.dataset and self.data.mixture:
+            raise SettingsError("--data.dataset does not go with --data.mixture: name it there, with its weight")
+        for uri, weight in self.data.mixture.items():
+            if not 0 < weight < float("inf"):
+                raise SettingsError(f"--data.mixture gives {uri} the weight {weight}; more than 0 is needed")
         if not re.fullmatch(r"[\w-][\w.-]*", self.name):
             raise SettingsError(
                 f"--name {self.name!r} must be a plain name, of letters, digits, - _ and dots: it becomes a folder "

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,7 +33,7 @@ from mqwen.train.watchdog import Watchdog
 Split = Callable[[Progress, int], list[Any]]
 """Given the progress to start from and the number of workers: what each of them reads its rows from."""
 Rows = Callable[[Any, Progress], Iterator[Batch]]
-"""Given one of those and the progress: this rank's rows."""
+"""Given one of those and the progress: this rank's rows. It asks for the first at once, beside its caller."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,8 @@ def work(config: dict[str, Task]) -> None:
     def save(now: Progress) -> None:
         nonlocal saved
         started = time.perf_counter()
-        saver.save(strategy.state(), now, metrics.loss, metrics.take(), lambda: emit_checkpoint(settings.name, started))
+        loss, files = metrics.loss, metrics.take(now)
+        saver.save(strategy.state(), now, loss, files, lambda: emit_checkpoint(settings.name, started))
         saved = now
         notice.heard()
 
@@ -125,11 +124,7 @@ def _begin_reading(task: Task, progress: Progress) -> Iterator[Batch]:
     if dist.get_rank() == 0:
         parts = task.split(progress, len(parts))
     dist.broadcast_object_list(parts, device=torch.device("cpu"))
-    rows = task.rows(parts[dist.get_rank()], progress)
-    reader = ThreadPoolExecutor(1)
-    first = reader.submit(lambda: list(itertools.islice(rows, 1)))
-    reader.shutdown(wait=False)
-    return itertools.chain((row for rows in [first] for row in rows.result()), rows)
+    return task.rows(parts[dist.get_rank()], progress)
 
 
 def _recent(run: Location, progress: Progress) -> list[tuple[float, float]]:
@@ -165,9 +160,12 @@ class _Metrics:
                 f"data wait {sum(r.data_wait for r in recent) / seconds:.1%}",
             )
 
-    def take(self) -> dict[str, bytes]:
-        """The file that holds them, by its name in the run; from now on others are kept."""
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in self._records)
+    def take(self, now: Progress) -> dict[str, bytes]:
+        """The file that holds them, by its name in the run; from now on others are kept. The last names its place in
+        the order, so that jobs/trace.py need not begin at the first step."""
+        records = [asdict(record) for record in self._records]
+        records[-1]["place"] = now.place
+        lines = "".join(json.dumps(record) + "\n" for record in records)
         name = f"metrics/step-{self._records[0].step:08d}.jsonl"
         self._records = []
         return {name: lines.encode()}
