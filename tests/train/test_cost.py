@@ -115,8 +115,8 @@ CONFIG: dict[str, Any] = {
 
 
 def planned(**parallel: Any) -> RunSettings:
-    """A row of 16 thousand positions, so that activations weigh as much as the weights do."""
-    data = DataSettings(dataset="any", pack_length=1024, packs_per_row=8, rows_per_step=1)
+    """A row of four thousand positions, so that activations weigh as much as the weights do."""
+    data = DataSettings(dataset="any", pack_length=1024, packs_per_row=4, rows_per_step=1)
     return RunSettings(
         name="planned", model=ModelSettings(config=CONFIG), data=data, parallel=ParallelSettings(**parallel)
     )
@@ -144,7 +144,7 @@ def measure(rank: int, settings: RunSettings, meeting: str, result: Any) -> None
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_plan_is_what_a_training_takes(tmp_path: Any, workers: int) -> None:
     """On CPUs; processes of their own, as memory that was held once counts."""
     settings = planned(workers=workers)

@@ -29,8 +29,8 @@ def starting_point(settings: RunSettings) -> tuple[MQWenConfig, MQWenProcessor]:
     return config, MQWenProcessor(tokenizer, image_size=config.vision_config.image_size)
 
 
-def outline(settings: RunSettings, config: MQWenConfig) -> MQWenLMHeadModel:
-    """The model without memory, with adapter and what is frozen.
+def outline(settings: RunSettings, config: MQWenConfig, device: str = "meta") -> MQWenLMHeadModel:
+    """The model with its adapter and what is frozen, without weights, and on "meta" without memory.
 
     Raises SettingsError or AdapterError for patterns and targets that match nothing, and for a context that holds no
     picture, before any worker starts.
@@ -40,7 +40,7 @@ def outline(settings: RunSettings, config: MQWenConfig) -> MQWenLMHeadModel:
             f"--data.pack-length is {settings.data.pack_length}, but one picture alone takes {config.image_positions} "
             f"positions; give it room, as --data.pack-length {8 * config.image_positions}"
         )
-    with torch.device("meta"):
+    with torch.device(device):
         model = _prepared(MQWenLMHeadModel(config), settings)
     parameter_groups(model, settings.optimizer)
     return model

@@ -172,9 +172,13 @@ def planned_row(data: DataSettings, config: MQWenConfig, load: Load) -> PlannedR
 
 def _held(settings: RunSettings, config: MQWenConfig, row: PlannedRow) -> float:
     """The most bytes that a row's forward and backward pass hold at once, but weights and their gradients."""
-    dtype = torch.bfloat16 if settings.model.precision == "bfloat16" else torch.float32
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model = outline(settings, config).to_empty(device="cpu").to(dtype).train()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, settings.model.precision))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            model = outline(settings, config, "cpu").train()
+    finally:
+        torch.set_default_dtype(before)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None))

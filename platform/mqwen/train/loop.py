@@ -56,10 +56,12 @@ class StepRecord:
     """What a step did, over all ranks; times in seconds, the ranks' mean. `tokens` counts labelled positions, `flops`
     the operations of the model, `spent` is the share of the budget that is gone.
 
-    `learning_rates` are by the patterns that give them, "" for that of all others; `learning_rate` is the largest.
+    `place` is that of its last row; `learning_rates` are by the patterns that give them, "" for that of all others;
+    `learning_rate` is the largest.
     """
 
     step: int
+    place: Place
     loss: float
     learning_rate: float
     learning_rates: dict[str, float]
@@ -161,6 +163,7 @@ def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progr
         rates = {group["pattern"]: group["lr"] for group in strategy.optimizer.param_groups}
         record = StepRecord(
             step=progress.step,
+            place=place,
             loss=whole_loss,
             learning_rate=max(rates.values()),
             learning_rates=rates,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import tempfile
 import time
@@ -56,6 +57,7 @@ class Metrics:
         self._lines: list[dict[str, Any]] = []
         self._evaluations: list[dict[str, Any]] = []
         self._recent: list[StepRecord] = []
+        self._spent: float | None = None  # of the budget, when a line was printed last
         self.last: dict[str, Any] = {}
 
     def step(self, record: StepRecord) -> None:
@@ -73,7 +75,7 @@ class Metrics:
         emit_step(self._settings.name, record, measured)
         if record.step % self._settings.log_every == 0 or record.step == 1 or record.spent >= 1:
             print(self._line(measured), flush=True)
-            self._recent = []
+            self._recent, self._spent = [], record.spent
 
     def evaluation(self, evaluation: Evaluation) -> None:
         self._evaluations.append(asdict(evaluation))
@@ -105,6 +107,8 @@ class Metrics:
         records, last = self._recent, self._recent[-1]
         seconds = sum(r.seconds for r in records)
         steps = f"/{self._settings.steps}" if self._settings.steps else ""
+        before = last.spent * (1 - 1 / last.step) if self._spent is None else self._spent
+        pace = (last.spent - before) / seconds
         rates = "".join(f", {pattern} {rate:.2e}" for pattern, rate in last.learning_rates.items() if pattern)
         return (
             f"step {last.step}{steps}  loss {last.loss:.6f}  lr {last.learning_rates.get('', last.learning_rate):.2e}"
@@ -112,7 +116,7 @@ class Metrics:
             f"{sum(r.tokens for r in records) / seconds:,.0f} tokens/s  "
             f"{sum(r.images for r in records) / seconds:,.0f} images/s  MFU {measured.mfu:.1%}  "
             f"data wait {sum(r.data_wait for r in records) / seconds:.1%}  {measured.memory / 2**30:.1f} GiB  "
-            f"goodput {measured.goodput:.0%}  {_bar(last.spent)} {_clock(seconds, records)}"
+            f"goodput {measured.goodput:.0%}  {_bar(last.spent)} {_clock((1 - last.spent) / pace if pace else 0)} left"
         )
 
     def _events(self) -> bytes:
@@ -123,7 +127,7 @@ class Metrics:
             with SummaryWriter(local) as writer:
                 for line in self._lines:
                     for name, value in _flat(line).items():
-                        if name not in ("step", "time"):
+                        if name not in ("step", "place", "time"):
                             writer.add_scalar(f"train/{name}", value, line["step"], walltime=line["time"])
                 for evaluation in self._evaluations:
                     writer.add_scalar("held_out/loss", evaluation["loss"], evaluation["step"])
@@ -137,6 +141,7 @@ def _json_lines(lines: list[dict[str, Any]]) -> bytes:
 
 def _flat(line: dict[str, Any]) -> dict[str, float]:
     rates = {f"learning_rates/{pattern or 'others'}": rate for pattern, rate in line["learning_rates"].items()}
+    rates = {re.sub(r"[^-/\w.]", "_", name): rate for name, rate in rates.items()}  # TensorBoard takes no stars
     return {name: value for name, value in line.items() if name != "learning_rates"} | rates
 
 
@@ -145,9 +150,6 @@ def _bar(share: float) -> str:
     return f"[{'#' * full}{'-' * (BAR - full)}] {min(share, 1):.0%}"
 
 
-def _clock(seconds: float, records: list[StepRecord]) -> str:
-    """How long the rest takes at the pace of these records."""
-    first, last = records[0], records[-1]
-    pace = (last.spent - first.spent) / max(seconds - first.seconds, 1e-9) if len(records) > 1 else last.spent / seconds
-    left = max(0, round((1 - last.spent) / max(pace, 1e-9)))
-    return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+def _clock(seconds: float) -> str:
+    left = max(0, round(seconds))
+    return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
