@@ -40,6 +40,14 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         [*READY, "{tmp}/other", "--model.lora.r", "4"],
         ["error: --model.lora.r is 4: jobs/finetune.py trains adapters"],
     ),
+    "a strategy with another's setting": (
+        [*READY, "{tmp}/other", "--parallel.strategy", "zero2", "--parallel.shard", "2"],
+        ["error: --parallel.shard is fsdp2's, zero2 has none: drop one of the two"],
+    ),
+    "a context shorter than a picture": (
+        [*READY, "{tmp}/other", "--data.pack-length", "9"],
+        ["error: --data.pack-length is 9, but one picture alone takes 9 positions"],
+    ),
     "evaluation of a missing artifact": (
         ["jobs/evaluate.py", "--artifact", "{tmp}/nowhere", "--dataset", "{tmp}/other"],
         ["error: {tmp}/nowhere: is no folder"],

@@ -10,13 +10,16 @@ import torch
 
 from mqwen import training
 from mqwen.data.batch import Batch, unpack
+from mqwen.data.dataset import open_dataset
+from mqwen.data.heldout import HeldOut
 from mqwen.data.order import Order, Position
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
 from mqwen.model import MQWenLMHeadModel
 from mqwen.storage import locate
-from mqwen.train.build import build_model, starting_point
-from mqwen.train.loop import Progress, StepRecord, train
+from mqwen.train.build import build_model, outline, starting_point
+from mqwen.train.cost import Cost, cost_of
+from mqwen.train.loop import Data, Evaluation, Progress, StepRecord, Watch, train
 from mqwen.train.saver import Saver
 from mqwen.train.settings import (
     CheckpointSettings,
@@ -25,7 +28,8 @@ from mqwen.train.settings import (
     OptimizerSettings,
     RunSettings,
 )
-from mqwen.train.strategy import STRATEGIES, Strategy
+from mqwen.train.strategy import Strategy, make_strategy
+from mqwen.train.worker import HeldOutRows
 
 SIDE = 16  # pixels of a picture's side
 CONFIG: dict[str, Any] = {
@@ -77,6 +81,17 @@ def rows_from(settings: RunSettings, progress: Progress) -> Iterator[Batch]:
             yield unpack(table, settings.data.packs_per_row, SIDE)
 
 
+def held_out_rows(settings: RunSettings) -> HeldOut:
+    """Six windows of eight samples or fewer."""
+    small = replace(order_of(settings).settings, run_samples=8, window_runs=1)
+    dataset = open_dataset(locate(settings.evaluation.dataset))
+    return HeldOut(Order([dataset], small), starting_point(settings)[1])
+
+
+def row_cost(settings: RunSettings) -> Cost:
+    return cost_of(outline(settings, starting_point(settings)[0]))
+
+
 def blank_row(settings: RunSettings) -> Batch:
     builder = RowBuilder(starting_point(settings)[1], order_of(settings).settings)
     return unpack(builder.build([], [], Position(), Position()), settings.data.packs_per_row, SIDE)
@@ -89,8 +104,7 @@ def fresh_model(settings: RunSettings) -> MQWenLMHeadModel:
 def fresh_strategy(settings: RunSettings) -> Strategy:
     """A model of the seed's weights, sharded over the ranks, as each worker makes it."""
     model = fresh_model(settings)
-    shard = STRATEGIES[settings.parallel.strategy]
-    return shard(model, list(model.transformer.h), settings.parallel, settings.optimizer)
+    return make_strategy(model, list(model.transformer.h), settings)
 
 
 def train_ranks(
@@ -101,11 +115,14 @@ def train_ranks(
     workers: int,
     on_checkpoint: Callable[[Progress], None],
     end: int | None = None,
+    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> tuple[list[StepRecord], Progress]:
     """Trains this rank on its share of the rows behind `progress`, of which there are `end`."""
     records: list[StepRecord] = []
     rows = itertools.islice(rows_from(settings, progress), rank, end, workers)
-    last = train(settings, strategy, rows, blank_row(settings), progress, records.append, on_checkpoint)
+    held_out = HeldOutRows(held_out_rows(settings).share, rank, workers) if settings.evaluation.dataset else ()
+    data = Data(rows, blank_row(settings), held_out, row_cost(settings).of)
+    last = train(settings, strategy, data, progress, Watch(records.append, on_checkpoint, on_evaluation))
     return records, last
 
 

@@ -29,14 +29,21 @@ def starting_point(settings: RunSettings) -> tuple[MQWenConfig, MQWenProcessor]:
     return config, MQWenProcessor(tokenizer, image_size=config.vision_config.image_size)
 
 
-def check_trainable(settings: RunSettings, config: MQWenConfig) -> None:
-    """Tries adapter, freezing and learning rates on a model without memory.
+def outline(settings: RunSettings, config: MQWenConfig, device: str = "meta") -> MQWenLMHeadModel:
+    """The model with its adapter and what is frozen, without weights, and on "meta" without memory.
 
-    Raises SettingsError or AdapterError for patterns and targets that match nothing, before any worker starts.
+    Raises SettingsError or AdapterError for patterns and targets that match nothing, and for a context that holds no
+    picture, before any worker starts.
     """
-    with torch.device("meta"):
+    if settings.data.pack_length <= config.image_positions:
+        raise SettingsError(
+            f"--data.pack-length is {settings.data.pack_length}, but one picture alone takes {config.image_positions} "
+            f"positions; give it room, as --data.pack-length {8 * config.image_positions}"
+        )
+    with torch.device(device):
         model = _prepared(MQWenLMHeadModel(config), settings)
     parameter_groups(model, settings.optimizer)
+    return model
 
 
 def build_model(settings: RunSettings, config: MQWenConfig, source: Location | None = None) -> MQWenLMHeadModel:
