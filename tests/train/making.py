@@ -16,6 +16,7 @@ from mqwen.data.row import RowBuilder
 from mqwen.model import MQWenLMHeadModel
 from mqwen.storage import locate
 from mqwen.train.build import build_model, starting_point
+from mqwen.train.compute import prepare
 from mqwen.train.loop import Progress, StepRecord, train
 from mqwen.train.saver import Saver
 from mqwen.train.settings import (
@@ -101,7 +102,9 @@ def fresh_strategy(settings: RunSettings) -> Strategy:
     """A model of the seed's weights, sharded over the ranks, as each worker makes it."""
     model = fresh_model(settings)
     shard = STRATEGIES[settings.parallel.strategy]
-    return shard(model, list(model.transformer.h), settings.parallel, settings.optimizer)
+    prepare(model, settings.compute)
+    dtype = getattr(torch, settings.model.precision)
+    return shard(model, list(model.transformer.h), settings.parallel, settings.optimizer, dtype)
 
 
 def train_ranks(

@@ -109,10 +109,16 @@ def train(
         place = max((batch.place for batch in batches), default=progress.place)
 
         loss = torch.zeros((), device=strategy.device)
-        for batch in batches + [blank] * (math.ceil(per_step / workers) - len(batches)):
+        passes = batches + [blank] * (math.ceil(per_step / workers) - len(batches))
+        for i, batch in enumerate(passes, start=1):
             _seed(settings.seed, batch.place)
-            part = strategy.model(**batch.inputs, num_items_in_batch=max(tokens, 1), **LOSS_ONLY).loss
-            strategy.backward(part)
+            part = strategy.model(
+                **batch.inputs,
+                num_items_in_batch=max(tokens, 1),
+                row_length=settings.data.pack_length,
+                **LOSS_ONLY,
+            ).loss
+            strategy.backward(part, last=i == len(passes))
             loss += part.detach()
 
         factor = rate_factor(step, settings.steps, settings.optimizer.warmup)

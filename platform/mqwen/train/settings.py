@@ -29,11 +29,15 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Where the weights start: an artifact's URI, or fresh weights of the sizes in `config` (MQWenConfig's names)."""
+    """Where the weights start: an artifact's URI, or fresh weights of the sizes in `config` (MQWenConfig's names).
+
+    `precision` is what forward and backward passes compute in. Weights and optimizer are float32 in any case.
+    """
 
     init_from: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,19 @@ class GuardSettings:
 
 
 @dataclass(frozen=True)
+class ComputeSettings:
+    """How a step is computed, not what: memory and speed.
+
+    `compile` fuses each block's operations; the first steps then take a minute. `recompute` keeps less of the forward
+    pass for the backward pass, and computes it again: "selective" all but attention and the narrow matrix products,
+    "full" everything inside of a block.
+    """
+
+    compile: bool = False
+    recompute: Literal["nothing", "selective", "full"] = "nothing"
+
+
+@dataclass(frozen=True)
 class CheckpointSettings:
     """The newest `keep` stay, and the `keep_best` with the lowest loss since the one before.
 
@@ -138,6 +155,7 @@ class RunSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     steps: int = 1000
     seed: int = 0

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mqwen.train.optimizer import parameter_groups
@@ -29,8 +29,11 @@ class Strategy(Protocol):
     optimizer: torch.optim.Optimizer
     device: torch.device
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds this rank's part of the global batch's loss to the gradients: the sum over ranks is the gradient."""
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds this rank's part of the global batch's loss to the gradients: the sum over ranks is the gradient.
+
+        `last` says that a step follows, not another pass.
+        """
         ...
 
     def step(self, accepts: Callable[[float], bool] = lambda norm: True) -> float:
@@ -49,13 +52,21 @@ class FSDP2:
     """torch's `fully_shard`: every block of the language model a unit, the rest (embeddings, picture path) another."""
 
     def __init__(
-        self, model: nn.Module, blocks: list[nn.Module], parallel: ParallelSettings, settings: OptimizerSettings
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        parallel: ParallelSettings,
+        settings: OptimizerSettings,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.device = next(model.parameters()).device
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        self._alone = dist.get_world_size() == 1
+        reshard = parallel.reshard_after_forward and not self._alone
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for block in blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward)
-        fully_shard(model, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        self._sharded = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         self.model = model
         self._clip = settings.clip
         # The groups are made now because sharding has put new parameters in the place of the old ones.
@@ -67,7 +78,11 @@ class FSDP2:
         for state in self.optimizer.state.values():
             state["step"].zero_()
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        if self._alone:
+            # Nothing is to be exchanged: weights stay cast, and gradients add up where they are, until the step.
+            self._sharded.set_requires_gradient_sync(last)
+            self._sharded.set_reshard_after_backward(last)
         (loss * dist.get_world_size()).backward()  # fully_shard averages over the ranks
 
     def step(self, accepts: Callable[[float], bool] = lambda norm: True) -> float:
@@ -86,5 +101,5 @@ class FSDP2:
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
-Shard = Callable[[nn.Module, list[nn.Module], ParallelSettings, OptimizerSettings], Strategy]
+Shard = Callable[[nn.Module, list[nn.Module], ParallelSettings, OptimizerSettings, torch.dtype], Strategy]
 STRATEGIES: dict[str, Shard] = {"fsdp2": FSDP2}

@@ -22,6 +22,7 @@ from mqwen.storage import Location
 from mqwen.telemetry import training
 from mqwen.train import checkpoint
 from mqwen.train.build import build_model
+from mqwen.train.compute import prepare
 from mqwen.train.emit import emit_checkpoint, emit_step
 from mqwen.train.guard import RECENT, Guard
 from mqwen.train.loop import Batch, Progress, StepRecord, train
@@ -63,7 +64,9 @@ def work(config: dict[str, Task]) -> None:
     model = build_model(settings, task.config, task.source).to(ray.train.torch.get_device())
     model.train()
     shard = STRATEGIES[settings.parallel.strategy]
-    strategy = shard(model, list(model.transformer.h), settings.parallel, settings.optimizer)
+    prepare(model, settings.compute)
+    dtype = getattr(torch, settings.model.precision)
+    strategy = shard(model, list(model.transformer.h), settings.parallel, settings.optimizer, dtype)
 
     progress = Progress()
     if checkpoint.committed(task.run):
