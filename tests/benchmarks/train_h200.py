@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mqwen.model import MQWenConfig
+from mqwen.model import MQWenConfig, loss
 from mqwen.train.settings import ComputeSettings
 from tests.benchmarks.h200 import probe, report
 from tests.benchmarks.h200.cases import Case, Result, one_process, run_case, run_llava
@@ -64,6 +64,14 @@ def cases(rows: int, length: int, every: int) -> list[Case]:
     ]
 
 
+def check_product() -> bool:
+    """Whether this torch adds up products of bfloat16 in float32."""
+    total, a = torch.ones(64, 64, device="cuda"), torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
+    loss._add_product(total, a, a)
+    assert torch.allclose(total, 1 + a.float() @ a.float(), atol=0.1)
+    return True
+
+
 def main(arguments: list[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=["*"], help="patterns of names, in the order to be run")
@@ -101,6 +109,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         probe.run(sizes, given.probe or list(probe.PARTS), given.minutes)
         return []
 
+    if device.type == "cuda" and attempt("addmm into float32", check_product) is None:
+        loss._add_product = lambda total, a, b: total.add_(a @ b)  # type: ignore[assignment]
     wanted = list(dict.fromkeys(name for pattern in given.cases for name in fnmatch.filter(names, pattern)))
     results = list[Result]()
     with one_process(device):
