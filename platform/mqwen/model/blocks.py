@@ -5,11 +5,12 @@ Shapes: B rows, L positions, C hidden channels, H heads, D channels of a head, N
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mqwen.model.attention import AttentionPlan, attend
 from mqwen.model.cache import MQWenCache
@@ -66,8 +67,16 @@ class MLP(nn.Module):
         return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
 
 
-class Block(GradientCheckpointingLayer):
-    """One layer: (B, L, C) to (B, L, C). With a cache, appends the layer's keys and values to it."""
+class Block(nn.Module):
+    """One layer: (B, L, C) to (B, L, C). With a cache, appends the layer's keys and values to it.
+
+    Where transformers' `gradient_checkpointing_enable` has set `gradient_checkpointing`, what the backward pass needs
+    is computed again there. That happens inside of forward, so that forward compiles with it, and what shards the
+    block hooks on around it.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, config: MQWenConfig, layer: int) -> None:
         super().__init__()
@@ -80,7 +89,12 @@ class Block(GradientCheckpointingLayer):
             projection.init_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
     def forward(self, hidden: Tensor, plan: AttentionPlan, past_key_values: MQWenCache | None = None) -> Tensor:
-        hidden = hidden + self.attn(self.ln_1(hidden), plan, past_key_values)
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self._layer, hidden, plan, past_key_values)
+        return self._layer(hidden, plan, past_key_values)
+
+    def _layer(self, hidden: Tensor, plan: AttentionPlan, cache: MQWenCache | None) -> Tensor:
+        hidden = hidden + self.attn(self.ln_1(hidden), plan, cache)
         return hidden + self.mlp(self.ln_2(hidden))
 
 

@@ -71,6 +71,7 @@ class MQWenModel(MQWenPreTrainedModel):
         segment_ids: Tensor | None = None,
         labels: Tensor | None = None,
         padding_side: PaddingSide = "right",
+        row_length: int = 0,
     ) -> Expanded:
         """`splice.expand` with this model's constants; the rows come out on the model's device."""
         if past_key_values is not None:
@@ -85,6 +86,7 @@ class MQWenModel(MQWenPreTrainedModel):
             attention_mask=attention_mask,
             segment_ids=segment_ids,
             padding_side=padding_side,
+            row_length=row_length,
         ).to(self.wte.weight.device)
 
     def forward(

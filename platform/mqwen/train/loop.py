@@ -145,10 +145,16 @@ def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progr
         taken += per_step
 
         loss = torch.zeros((), device=strategy.device)
-        for batch in batches + [data.blank] * (math.ceil(per_step / workers) - len(batches)):
+        passes = batches + [data.blank] * (math.ceil(per_step / workers) - len(batches))
+        for i, batch in enumerate(passes, start=1):
             _seed(settings.seed, batch.place)
-            part = strategy.model(**batch.inputs, num_items_in_batch=max(tokens, 1), **LOSS_ONLY).loss
-            strategy.backward(part)
+            part = strategy.model(
+                **batch.inputs,
+                num_items_in_batch=max(tokens, 1),
+                row_length=settings.data.pack_length,
+                **LOSS_ONLY,
+            ).loss
+            strategy.backward(part, last=i == len(passes))
             loss += part.detach()
 
         progress = replace(progress, step=progress.step + 1, place=place, tokens=progress.tokens + int(tokens))

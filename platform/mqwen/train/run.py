@@ -40,7 +40,7 @@ from mqwen.train.worker import Feed, Task, work
 
 SETTINGS = "settings.json"
 # What may change when a run goes on: none of it changes what a step computes.
-FREE_TO_CHANGE = ("parallel", "checkpoint", "log_every", "profile", "runs")
+FREE_TO_CHANGE = ("parallel", "compute", "checkpoint", "log_every", "profile", "runs")
 
 
 # What PyTorch says where memory ends on the CPU, for which it has no error of its own.

@@ -149,6 +149,19 @@ class GuardSettings:
 
 
 @dataclass(frozen=True)
+class ComputeSettings:
+    """How a step is computed, not what: memory and speed.
+
+    `compile` fuses each block's operations; the first steps then take a minute. `recompute` keeps less of the forward
+    pass for the backward pass, and computes it again: "selective" all but attention and the narrow matrix products,
+    "full" everything inside of a block.
+    """
+
+    compile: bool = False
+    recompute: Literal["nothing", "selective", "full"] = "nothing"
+
+
+@dataclass(frozen=True)
 class CheckpointSettings:
     """The newest `keep` stay, and the `keep_best` with the lowest loss since the one before.
 
@@ -191,6 +204,7 @@ class RunSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     steps: int | None = 1000

@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from mqwen.model import MQWenLMHeadModel
+from mqwen.train.compute import prepare
 from mqwen.train.optimizer import parameter_groups
 from mqwen.train.settings import ParallelSettings, RunSettings
 
@@ -29,8 +31,11 @@ class Strategy(Protocol):
     optimizer: torch.optim.Optimizer
     device: torch.device
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds this rank's part of the global batch's loss to the gradients: the sum over ranks is the gradient."""
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds this rank's part of the global batch's loss to the gradients: the sum over ranks is the gradient.
+
+        `last` says that a step follows, not another pass.
+        """
         ...
 
     def step(self, accepts: Callable[[float], bool] = lambda norm: True) -> float:
@@ -52,17 +57,19 @@ class FSDP2:
     def __init__(self, model: nn.Module, blocks: list[nn.Module], settings: RunSettings) -> None:
         parallel = settings.parallel
         self.device = next(model.parameters()).device
+        self._alone = dist.get_world_size() == 1
         half = torch.bfloat16 if settings.model.precision == "bfloat16" else None
         pinned = self.device.type == "cuda"
         options: dict[str, Any] = {
             "mesh": _mesh(self.device, parallel),
-            "reshard_after_forward": parallel.reshard_after_forward,
+            "reshard_after_forward": parallel.reshard_after_forward and not self._alone,
             # The sharded weights stay float32, and so do gradients once they are summed.
             "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None),
             "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if parallel.offload == "weights" else OffloadPolicy(),
         }
-        for unit in (*blocks, model):
-            fully_shard(unit, **options)
+        for block in blocks:
+            fully_shard(block, **options)
+        self._sharded = fully_shard(model, **options)
         self.model = model
         self._clip = settings.optimizer.clip
         # The groups are made now because sharding has put new parameters in the place of the old ones.
@@ -74,7 +81,11 @@ class FSDP2:
         for state in self.optimizer.state.values():
             state["step"].zero_()
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        if self._alone:
+            # Nothing is to be exchanged: weights stay cast, and gradients add up where they are, until the step.
+            self._sharded.set_requires_gradient_sync(last)
+            self._sharded.set_reshard_after_backward(last)
         (loss * dist.get_world_size()).backward()  # fully_shard averages over the ranks
 
     def step(self, accepts: Callable[[float], bool] = lambda norm: True) -> float:
@@ -102,8 +113,9 @@ def _mesh(device: torch.device, parallel: ParallelSettings) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def make_strategy(model: nn.Module, blocks: list[nn.Module], settings: RunSettings) -> Strategy:
+def make_strategy(model: MQWenLMHeadModel, blocks: list[nn.Module], settings: RunSettings) -> Strategy:
     """The model spread over the workers as the settings say; `blocks` are its repeated layers."""
+    prepare(model, settings.compute)
     if settings.parallel.strategy == "fsdp2":
         return FSDP2(model, blocks, settings)
     from mqwen.train.zero import ZeRO

@@ -108,7 +108,7 @@ class ZeRO:
         if self._stage < 3:
             zero._lazy_init_hp_params_optimizer_state()  # what lets a parameter find its part of the flat state
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
         self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)  # ZeRO averages over the ranks
 
     def step(self, accepts: Callable[[float], bool] = lambda norm: True) -> float:
