@@ -2,6 +2,7 @@
 
 import http.client
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,10 +14,12 @@ BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</
 
 class Faulty:
     """`url` stands for the server behind it. `refuse_every` n answers 503 to each n-th request; while `down` is set
-    every request's connection is closed without an answer; while `mute` is set they wait for it to be cleared."""
+    every request's connection is closed without an answer; while `mute` is set they wait for it to be cleared.
+    `cut_every` n ends each n-th answer in the middle of its body; `slow` seconds pass in the middle of each."""
 
     def __init__(self, behind: str) -> None:
         self.refuse_every, self.requests, self.refused = 0, 0, 0
+        self.cut_every, self.cut, self.slow = 0, 0, 0.0
         self.down, self._goes_on = False, threading.Event()
         self._goes_on.set()
         self._numbers = count(1)
@@ -55,7 +58,16 @@ class Faulty:
                     self.send_header(name, value)
                 self.send_header("Content-Length", length or str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                half = len(body) // 2
+                self.wfile.write(body[:half])
+                if half and faulty.cut_every and faulty.requests % faulty.cut_every == 0:
+                    faulty.cut += 1
+                    self.close_connection = True
+                    return
+                if half and faulty.slow:
+                    self.wfile.flush()
+                    time.sleep(faulty.slow)
+                self.wfile.write(body[half:])
 
             def log_message(self, *_: object) -> None:
                 pass

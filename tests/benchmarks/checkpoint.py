@@ -26,7 +26,7 @@ from mqwen.storage import locate
 from mqwen.train.loop import Progress
 from mqwen.train.saver import Saver
 from mqwen.train.settings import RunSettings
-from mqwen.train.strategy import STRATEGIES, Strategy
+from mqwen.train.strategy import Strategy, make_strategy
 from tests.benchmarks.result import write_result
 
 WORKERS = 2
@@ -73,7 +73,7 @@ def measure(rank: int, sizes: Sizes, runs: str, folder: str) -> None:
     )
     torch.manual_seed(0)
     model = MQWenLMHeadModel(config)
-    strategy = STRATEGIES["fsdp2"](model, list(model.transformer.h), settings.parallel, settings.optimizer)
+    strategy = make_strategy(model, list(model.transformer.h), settings)
     saver, process, number = Saver(locate(runs) / "run", settings), psutil.Process(), 0
     found: dict[str, list[float]] = {name: [] for name in ("synchronous", "stall", "memory", "step", "step beside")}
     for _ in range(sizes.times):

@@ -26,7 +26,7 @@ from mqwen.model import MQWenConfig, MQWenLMHeadModel
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
 from mqwen.storage import Location, locate
 from mqwen.train import checkpoint
-from mqwen.train.report import read_metrics
+from mqwen.train.records import read_metrics
 from tests.benchmarks.restart import ROOT
 from tests.benchmarks.result import write_result
 

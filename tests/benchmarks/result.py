@@ -17,7 +17,7 @@ def write_result(name: str, text: str) -> Path:
     head = [
         f"commit {commit.stdout.strip()}",
         f"machine {_processor()}, {len(os.sched_getaffinity(0))} cores, {_memory()} GiB; {packages}",
-        f"command `python -m {Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}`".replace("-m ", "-m tests.benchmarks."),
+        f"command `{' '.join(['python -m', f'tests.benchmarks.{Path(sys.argv[0]).stem}', *sys.argv[1:]])}`",
     ]
     file = RESULTS / f"{date.today()}-{name}.md"
     file.write_text(f"# {name}\n\n" + "".join(f"- {line}\n" for line in head) + f"\n{text}\n")

@@ -15,7 +15,7 @@ import pytest
 
 from mqwen.storage import locate
 from mqwen.train import watchdog
-from mqwen.train.report import read_metrics
+from mqwen.train.records import read_metrics
 from tests.end_to_end.commands import read_until
 from tests.end_to_end.nodes import Cluster, cluster, lose
 from tests.end_to_end.place import STEPS, Place, make_place

@@ -13,7 +13,7 @@ import torch
 
 from mqwen.storage import locate
 from mqwen.train.guard import FEWEST, FOLDER, DivergedError, Guard
-from mqwen.train.loop import Progress, StepRecord, train
+from mqwen.train.loop import Data, Progress, StepRecord, Watch, train
 from mqwen.train.settings import GuardSettings, RunSettings
 from tests.train.conftest import Ranks
 from tests.train.making import blank_row, fresh_strategy, rows_from
@@ -54,12 +54,9 @@ def train_guarded(
         train(
             replace(settings, steps=3),
             strategy,
-            iter(rows[rank::workers]),
-            blank_row(settings),
+            Data(iter(rows[rank::workers]), blank_row(settings)),
             Progress(),
-            on_step,
-            lambda progress: None,
-            guard.accepts,
+            Watch(on_step, lambda progress: None, accepts=guard.accepts),
         )
     return records, states, printed.getvalue(), keys
 

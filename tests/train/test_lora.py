@@ -15,7 +15,7 @@ from mqwen.data.batch import Batch
 from mqwen.errors import UserError
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.adapters import attach_adapter
-from mqwen.train.build import build_model, check_trainable, starting_point
+from mqwen.train.build import build_model, outline, starting_point
 from mqwen.train.export import export
 from mqwen.train.loop import Progress
 from mqwen.train.run import open_run
@@ -179,12 +179,12 @@ def test_what_matches_nothing_is_refused_before_workers(
     settings: RunSettings, lora: dict, optimizer: dict, words: list[str]
 ) -> None:
     config = starting_point(settings)[0]
-    check_trainable(settings, config)
+    outline(settings, config)
     changed = replace(
         settings,
         model=replace(settings.model, lora=replace(LORA, **lora)),
         optimizer=replace(settings.optimizer, **optimizer),
     )
     with pytest.raises(UserError) as raised:
-        check_trainable(changed, config)
+        outline(changed, config)
     assert all(word in str(raised.value) for word in words), raised.value

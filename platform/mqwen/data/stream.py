@@ -8,9 +8,12 @@ is pinned and a digest test holds it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -19,14 +22,12 @@ import ray.data
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
-from mqwen.data.manifest import check_tokenizer
 from mqwen.data.order import Order, Position
 from mqwen.data.pace import Pace
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
 from mqwen.data.windows import Windows
 from mqwen.model import MQWenProcessor
-from mqwen.storage import Location
 from mqwen.telemetry import reading
 
 logger = logging.getLogger(__name__)
@@ -38,16 +39,16 @@ LEAST_AHEAD = 64 << 20  # bytes
 
 @dataclass(frozen=True)
 class Stream:
-    """The rows of a dataset in their order, epoch after epoch. `rows` is how many a run can want."""
+    """The rows of an order, epoch after epoch. `rows` is how many a run can want."""
 
-    dataset: Location
     order: Order
     processor: MQWenProcessor
     rows: int
 
     def __post_init__(self) -> None:
-        """Raises DataError where the dataset's tokens were counted by another tokenizer: its packs would not fit."""
-        check_tokenizer(self.dataset, self.order.manifest, self.processor.tokenizer.fingerprint)
+        """Raises DataError where a dataset's tokens were counted by another tokenizer: its packs would not fit."""
+        for dataset in self.order.datasets:
+            dataset.check_tokenizer(self.processor.tokenizer.fingerprint)
 
     def split(self, position: Position, workers: int) -> list[ray.data.DataIterator]:
         """The rows from `position` on, dealt in turn: one iterator for each worker, which may be sent to it."""
@@ -70,18 +71,17 @@ class Stream:
             # two, which would read a whole list in one task.
             windows = ray.data.read_datasource(Windows(self.rows + 1), num_cpus=0, concurrency=1)
             return windows.map_batches(
-                WindowReader(self.dataset, self.order, self.processor, position), batch_size=1, batch_format="pyarrow"
+                WindowReader(self.order, self.processor, position), batch_size=1, batch_format="pyarrow"
             )
 
     def _window_bytes(self) -> int:
         """About what a window's rows take: their pictures, and four 8-byte numbers a position of every pack."""
-        manifest, settings = self.order.manifest, self.order.settings
-        images = sum(shard.images for shard in manifest.shards) / manifest.samples
-        positions = (
-            sum(shard.tokens for shard in manifest.shards) / manifest.samples + images * settings.image_positions
-        )
-        samples = min(settings.run_samples * settings.window_runs, manifest.samples)
-        return math.ceil(samples * (images * 3 * self.processor.image_size**2 + positions * 32))
+        settings = self.order.settings
+        shards = [dataset.manifest.shards for dataset in self.order.datasets]
+        samples, images, tokens = (sum(each.total(name) for each in shards) for name in ("samples", "images", "tokens"))
+        pixels = 3 * self.processor.image_size**2
+        nbytes = (images * pixels + settings.positions(tokens, images) * 32) / samples
+        return math.ceil(min(settings.run_samples * settings.window_runs, samples) * nbytes)
 
     def blank(self) -> Batch:
         """A row without samples: what a rank runs when others have one row more."""
@@ -94,8 +94,21 @@ class Stream:
     def read(self, rows: ray.data.DataIterator, start: Position, max_bad: float) -> Iterator[Batch]:
         """This rank's rows. Raises DataError when more than `max_bad` of the samples so far could not be used.
 
-        One always may; the share of a few rows says little.
+        One always may; the share of a few rows says little. The first row is asked for at once: Ray gives no rank a row
+        before all have asked, and of more ranks than rows in a step some would ask late, and the others wait for them.
         """
+        checked, first = self._checked(rows, start, max_bad), Future[list[Batch]]()
+
+        def ask() -> None:
+            try:
+                first.set_result(list(itertools.islice(checked, 1)))
+            except BaseException as error:
+                first.set_exception(error)
+
+        threading.Thread(target=ask, name="first-row", daemon=True).start()
+        return _from(first, checked)
+
+    def _checked(self, rows: ray.data.DataIterator, start: Position, max_bad: float) -> Iterator[Batch]:
         seen, bad = 0, dict[str, str]()
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_ROWS):
             if table.num_rows != 1:
@@ -108,10 +121,15 @@ class Stream:
             for key, reason in row.quarantined.items():
                 logger.warning("sample %s is left out: %s", key, reason)
                 kind = reason.partition(":")[0]  # SampleError.reason
-                reading.QUARANTINED_SAMPLES.add(dataset=self.dataset.name, reason=kind)
+                reading.QUARANTINED_SAMPLES.add(dataset=self.order.name, reason=kind)
             if len(bad) > max(1, max_bad * seen):
                 listed = "; ".join(f"{key}: {reason}" for key, reason in list(bad.items())[:20])
                 raise DataError(
                     f"{len(bad)} of {seen} samples could not be used, data.max_bad allows {max_bad:.1%}: {listed}"
                 )
             yield row
+
+
+def _from(first: Future[list[Batch]], rest: Iterator[Batch]) -> Iterator[Batch]:
+    yield from first.result()
+    yield from rest

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -243,7 +242,8 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
     def from_pretrained(cls, directory: Folder, **kwargs: Any) -> MQWenLMHeadModel:
         """Read the artifact that `save_pretrained` wrote: config.json and safetensors in a local folder.
 
-        Keyword arguments go to transformers' from_pretrained (dtype, device_map, ...).
+        Keyword arguments go to transformers' from_pretrained (dtype, device_map, ...). On the CPU, in the files' own
+        dtype, the weights stay mapped: pages that processes share, read when they are first used.
 
         Raises:
             CheckpointError, ConfigurationError: as `check_artifact`, before any weight is read.
@@ -255,6 +255,3 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
     """Index of the positions whose logits are asked for; slice(-0, None) takes all."""
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-
-
-AutoModelForCausalLM.register(MQWenConfig, MQWenLMHeadModel)

@@ -2,7 +2,7 @@
 
 from mqwen.storage.check import readable, writable
 from mqwen.storage.errors import MissingFileError, StorageError, TruncatedFileError
-from mqwen.storage.local import filled, local_folder
+from mqwen.storage.local import filled, local_file, local_folder
 from mqwen.storage.location import Location, locate
 from mqwen.storage.retry import retried
 
@@ -12,6 +12,7 @@ __all__ = [
     "StorageError",
     "TruncatedFileError",
     "filled",
+    "local_file",
     "local_folder",
     "locate",
     "readable",

@@ -4,6 +4,10 @@ RUNS/NAME/settings.json     what it computes
 RUNS/NAME/model/            configuration, tokenizer and processor: an artifact without weights
 RUNS/NAME/checkpoints/      see checkpoint.py
 RUNS/NAME/metrics/          one line a step
+RUNS/NAME/evaluations/      one line an evaluation
+RUNS/NAME/tensorboard/      both, for TensorBoard
+RUNS/NAME/profile/          see profile.py
+RUNS/NAME/report.html       see report.py
 RUNS/NAME/starts/           see provenance.py
 RUNS/NAME/driver-ID.json    see claim.py
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,15 +32,15 @@ from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, readable, writable
 from mqwen.train import checkpoint
 from mqwen.train.claim import claimed
-from mqwen.train.loop import Batch
+from mqwen.train.cost import Cost
 from mqwen.train.provenance import record_start
 from mqwen.train.resources import require
 from mqwen.train.settings import RunSettings, SettingsError
-from mqwen.train.worker import Rows, Split, Task, work
+from mqwen.train.worker import Feed, Task, work
 
 SETTINGS = "settings.json"
 # What may change when a run goes on: none of it changes what a step computes.
-FREE_TO_CHANGE = ("parallel", "checkpoint", "log_every", "runs")
+FREE_TO_CHANGE = ("parallel", "checkpoint", "log_every", "profile", "runs")
 
 
 # What PyTorch says where memory ends on the CPU, for which it has no error of its own.
@@ -96,10 +101,8 @@ def _reason(cause: Exception) -> str:
     return reason
 
 
-def train_run(
-    settings: RunSettings, run: Location, config: MQWenConfig, split: Split, rows: Rows, blank: Batch
-) -> None:
-    """Trains until the last step. `split` and `rows` read the data: see worker.py.
+def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: Feed, cost: Cost) -> None:
+    """Trains until the budget is spent.
 
     Raises ResourcesError before a worker starts where the cluster has no room for all of them.
     """
@@ -108,9 +111,10 @@ def train_run(
     record_start(run)
     gpus = parallel.gpus_per_worker
     source = readable(settings.model.init_from) if settings.model.init_from else None
+    productive = checkpoint.progress(run).seconds
     trainer = TorchTrainer(
         work,
-        train_loop_config={"task": Task(settings, run, config, source, split, rows, blank)},
+        train_loop_config={"task": Task(settings, run, config, source, feed, cost, time.time(), productive)},
         # Counts are summed over gloo beside the gradients' NCCL, so that no step waits for the GPU to count.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
