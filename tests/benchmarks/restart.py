@@ -52,8 +52,9 @@ class Restart:
     rounds: int = 3
 
 
-def kill_to_next_step(command: list[str], environment: dict[str, str], first: str) -> float:
-    """Seconds. The kill comes with the first line that `first` finds, the end with the next line that shows a step."""
+def kill_to_next_step(command: list[str], environment: dict[str, str], first: str, at_work: float = 0.0) -> float:
+    """Seconds. The kill comes with the first line that `first` finds after `at_work` seconds of work, the end with the
+    next line that shows a step."""
     process = subprocess.Popen(
         command,
         env=os.environ | environment,
@@ -64,12 +65,14 @@ def kill_to_next_step(command: list[str], environment: dict[str, str], first: st
         start_new_session=True,
     )
     assert process.stdout is not None
-    killed, said = None, ""
+    killed, began, said = None, None, ""
     before: set[int] = set()
     try:
         for line in process.stdout:
             said += line
-            if killed is None and re.search(first, line):
+            if began is None and re.search(r"step \d+/", line):
+                began = time.monotonic()
+            if killed is None and began and time.monotonic() - began > at_work and re.search(first, line):
                 workers = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline())]
                 before = {worker.pid for worker in workers}
                 workers[-1].kill()
@@ -96,7 +99,7 @@ def main() -> None:
             words = ["--recipe", "demo", "--data.dataset", f"{folder}/data", "--runs", f"{folder}/runs"]
             words += ["--tokenizer", folder, "--name", f"run-{number}", "--log-every", "1", "--checkpoint.every", "10"]
             training = [sys.executable, "jobs/pretrain.py", *words]
-            found["training"].append(kill_to_next_step(training, environment, r"step 10: checkpoint"))
+            found["training"].append(kill_to_next_step(training, environment, r"step \d+: checkpoint", 60))
             empty = [sys.executable, "-c", EMPTY.replace("FOLDER", f"{folder}/empty-{number}")]
             found["empty"].append(kill_to_next_step(empty, environment, r"step 20/"))
             print(f"round {number + 1}: " + ", ".join(f"{what} {times[-1]:.1f} s" for what, times in found.items()))

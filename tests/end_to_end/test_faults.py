@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from mqwen.storage import locate
-from mqwen.train import watchdog
+from mqwen.train import spares, watchdog
 from mqwen.train.records import read_metrics
 from tests.end_to_end.commands import read_until
 from tests.end_to_end.nodes import Cluster, cluster, lose
@@ -82,6 +82,21 @@ def test_a_run_that_loses_a_node_goes_on_when_another_comes(place: Place, undist
         output = rest_of(process)
     assert re.search(r"resumed from \S+ with 3 workers", output)
     assert_same_steps(metrics(place, "node-lost"), undisturbed, 1e-5)
+
+
+def test_who_takes_a_killed_workers_place_was_ready(place: Place) -> None:
+    """Once the run has gone on for a while, the processes of the next group wait with everything imported."""
+    with place.cluster.shell.start(*place.options("spares", "--parallel.workers", 2, "--steps", 10_000)) as process:
+        read_until(process, r"step \d+/")
+        ready = time.monotonic() + spares.AFTER + 30
+        while time.monotonic() < ready:
+            read_until(process, r"step \d+: checkpoint")
+        killed = time.time()
+        workers_of(place)[-1].kill()
+        read_until(process, r"resumed from \S+ with 2 workers")
+        read_until(process, r"step \d+/")
+        assert [one for one in workers_of(place) if one.create_time() > killed] == []
+        process.terminate()
 
 
 def test_an_elastic_run_goes_on_with_fewer_and_takes_more(place: Place, undisturbed: list[dict[str, Any]]) -> None:

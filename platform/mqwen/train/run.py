@@ -30,7 +30,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mqwen.errors import UserError
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, readable, writable
-from mqwen.train import checkpoint
+from mqwen.train import checkpoint, spares
 from mqwen.train.claim import claimed
 from mqwen.train.cost import Cost
 from mqwen.train.provenance import record_start
@@ -130,6 +130,7 @@ def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: F
             storage_filesystem=run.filesystem,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=parallel.max_failures),
+            worker_runtime_env={"env_vars": spares.environment()} if parallel.spares else {},
         ),
     )
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -13,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from mqwen.model import MQWenConfig
-from mqwen.storage import Location
+from mqwen.storage import Location, retried
 from mqwen.telemetry import training
-from mqwen.train import checkpoint
+from mqwen.train import checkpoint, spares
 from mqwen.train.build import build_model
 from mqwen.train.cost import Cost
 from mqwen.train.emit import emit_checkpoint
@@ -144,6 +145,8 @@ def work(config: dict[str, Task]) -> None:
         else:
             save(now)
 
+    if settings.parallel.spares:
+        spares.ask(1 if rank else 1 + spares.READING)
     feed = task.feed
     held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
     data = Data(rows, feed.blank, held_out, task.cost.of, feed.epochs)
@@ -155,7 +158,7 @@ def work(config: dict[str, Task]) -> None:
         save(last)
         saver.wait()
     for name, content in metrics.take().items() if metrics else ():  # an evaluation after the last checkpoint
-        (task.run / name).write_bytes(content)
+        retried(partial((task.run / name).write_bytes, content))
 
 
 def _begin_reading(task: Task, progress: Progress) -> Iterator[Batch]:
