@@ -31,7 +31,7 @@ PACK = 256
 @dataclass(frozen=True)
 class Rows:
     ranks: int = 64
-    rows: int = 1500  # measured, of each kind
+    rows: int = 600  # measured, of each kind
     samples: int = 65_536
 
 

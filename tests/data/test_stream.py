@@ -134,6 +134,14 @@ def test_too_many_bad_samples_stop_the_run(stream: Stream) -> None:
     assert "too long: " in str(raised.value)
 
 
+def test_storage_that_fails_is_named(tmp_path: Path, processor: MQWenProcessor) -> None:
+    dataset = write_dataset(tmp_path / "data", processor, [random_sample(seed) for seed in range(60)])
+    stream = Stream(Order([open_dataset(dataset)], SETTINGS), processor, rows=ROWS)
+    (tmp_path / "data" / "shard-000016.tar").unlink()
+    with pytest.raises(DataError, match=r"^\S*/shard-000016\.tar does not exist or is no file$"):
+        list(islice(stream.read(stream.start(Position()).iterator(), Position(), 1.0), ROWS))
+
+
 def test_a_position_that_is_not_the_streams(stream: Stream) -> None:
     rows = stream.read(stream.start(Position()).iterator(), Position(0, 1, 0), max_bad=1.0)
     with pytest.raises(DataError, match=r"the stream starts at \(0, 0, 0\), the checkpoint stands at"):

@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from mqwen.data.manifest import Shard, read_index
 from mqwen.data.order import Order, Position, WindowPlan
-from mqwen.data.row import Entry, RowBuilder
+from mqwen.data.row import Entry, RowBuilder, failed_row
 from mqwen.data.runs import Samples
+from mqwen.errors import UserError
 from mqwen.model import MQWenProcessor
 from mqwen.storage import Location, retried
 from mqwen.telemetry import reading
@@ -26,9 +27,12 @@ class WindowReader:
     start: Position
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """The rows of the window whose number is the one in `batch`."""
+        """The rows of the window whose number is the one in `batch`; where reading fails, a last one that says why."""
         (number,) = batch["window"].to_pylist()
-        return self.rows(number)
+        try:
+            yield from self.rows(number)
+        except UserError as error:
+            yield failed_row(error)
 
     def rows(self, number: int) -> Iterator[pa.Table]:
         """Each row as a table of one, with the columns of row.COLUMNS.

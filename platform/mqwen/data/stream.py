@@ -92,9 +92,10 @@ class Stream:
         return unpack(row, self.order.settings.packs_per_row, self.processor.image_size)
 
     def read(self, rows: ray.data.DataIterator, start: Position, max_bad: float) -> Iterator[Batch]:
-        """This rank's rows. Raises DataError when more than `max_bad` of the samples so far could not be used.
+        """This rank's rows.
 
-        One always may; the share of a few rows says little. The first row is asked for at once: Ray gives no rank a row
+        Raises DataError where storage fails, or where more than `max_bad` of the samples so far could not be used. One
+        always may; the share of a few rows says little. The first row is asked for at once: Ray gives no rank a row
         before all have asked, and of more ranks than rows in a step some would ask late, and the others wait for them.
         """
         checked, first = self._checked(rows, start, max_bad), Future[list[Batch]]()
@@ -113,6 +114,8 @@ class Stream:
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_ROWS):
             if table.num_rows != 1:
                 raise RuntimeError(f"Ray Data put {table.num_rows} rows into a block: their ranks would depend on it")
+            if failed := table["failed"][0].as_py():
+                raise DataError(failed)
             row = self._unpack(table)
             if row.start != (start.epoch, start.window, start.row):
                 raise DataError(f"the stream starts at {row.start}, the checkpoint stands at {start}: start again")
