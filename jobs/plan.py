@@ -38,11 +38,11 @@ def sizes(settings: RunSettings) -> MQWenConfig:
 
 def main() -> None:
     plan, rest = tyro.cli(Plan, description=__doc__, return_unknown_args=True)
+    if plan.kind not in CARDS:
+        raise SettingsError(f"--kind {plan.kind} is unknown; known are {', '.join(CARDS)}")
     settings = tyro.cli(RunSettings, default=recipe(plan.recipe), args=rest)
     settings = replace(settings, parallel=replace(settings.parallel, workers=plan.gpus))
     settings.parallel.check()
-    if plan.kind not in CARDS:
-        raise SettingsError(f"--kind {plan.kind} is unknown; known are {', '.join(CARDS)}")
     card, found = CARDS[plan.kind], estimate(settings, sizes(settings), plan.load)
 
     table = Table("in memory", "GiB", title=f"{plan.recipe} on {plan.gpus} {plan.kind}, each")

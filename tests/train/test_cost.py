@@ -1,5 +1,6 @@
 """What a row costs, against torch's own count of what runs; what a plan says, against what a training took."""
 
+import gc
 import itertools
 import subprocess
 import sys
@@ -128,11 +129,19 @@ LOAD = Load(pictures=8, conversations=4, labelled=0.2)
 def measure(rank: int, settings: RunSettings, meeting: str, result: Any) -> None:
     """Bytes that two steps took at most, and seconds of the second."""
     join_group(rank, settings.parallel.workers, meeting)
-    config = MQWenConfig(**CONFIG)
-    row = planned_row(settings.data, config, LOAD)
-    pictures = torch.zeros(row.images, 3, 64, 64, dtype=torch.uint8)
-    torch.ones(512, 512) @ torch.ones(512, 512)
+    two_steps(settings, CONFIG | {"num_hidden_layers": 1}, packs=1)  # brings all the code that there is
+    gc.collect()
     before = psutil.Process().memory_info().rss
+    seconds = two_steps(settings, CONFIG, settings.data.packs_per_row)
+    result.put((peak_memory(torch.device("cpu")) - before, seconds))
+    dist.destroy_process_group()
+
+
+def two_steps(settings: RunSettings, sizes: dict[str, Any], packs: int) -> float:
+    """Seconds of the second."""
+    config = MQWenConfig(**sizes)
+    row = planned_row(replace(settings.data, packs_per_row=packs), config, LOAD)
+    pictures = torch.zeros(row.images, 3, 64, 64, dtype=torch.uint8)
     model = build_model(settings, config).train()
     strategy = make_strategy(model, list(model.transformer.h), settings)
     for _ in range(2):
@@ -140,8 +149,7 @@ def measure(rank: int, settings: RunSettings, meeting: str, result: Any) -> None
         loss = strategy.model(**row.inputs, pixel_values=pictures, num_items_in_batch=row.supervised, **LOSS_ONLY).loss
         strategy.backward(loss)
         strategy.step()
-    result.put((peak_memory(torch.device("cpu")) - before, time.perf_counter() - started))
-    dist.destroy_process_group()
+    return time.perf_counter() - started
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
@@ -174,12 +182,10 @@ def run_plan(*words: str) -> tuple[int, str]:
 
 
 def test_the_command() -> None:
-    code, output = run_plan("--recipe", "sft-full", "--gpus", "2", "--kind", "H200")
-    assert code == 0, output
-    assert "sft-full on 2 H200, each" in output
-    assert "2.15e9 weights" in output
-    code, output = run_plan("--recipe", "sft-full-7b", "--gpus", "1", "--kind", "L4")
+    code, output = run_plan("--recipe", "sft-full", "--gpus", "2", "--kind", "L4")
     assert code == 2
+    assert "sft-full on 2 L4, each" in output
+    assert "2.15e9 weights" in output
     assert "error: it does not fit: take more --gpus" in output
     code, output = run_plan("--recipe", "sft-full", "--kind", "H2000")
     assert (code, output.count("\n")) == (2, 1)
