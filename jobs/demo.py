@@ -21,7 +21,8 @@ from mqwen.demo.stages import PeakMemory, Stages
 from mqwen.demo.storage import Storage, stored
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
 from mqwen.storage import locate
-from mqwen.train.report import draw_loss, read_metrics
+from mqwen.train.records import read_metrics
+from mqwen.train.report import draw_loss
 
 
 @dataclass(frozen=True)

@@ -1,75 +1,62 @@
 """Ingest: pictures and conversations into WebDataset shards with an index and a manifest.
 
 python jobs/ingest.py llava --conversations data.json --pictures photos/ --dataset s3://bucket/data --tokenizer DIR
-python jobs/ingest.py digits --pictures 6000 --dataset out/data --tokenizer DIR
+python jobs/ingest.py webdataset --files s3://bucket/tars --in-place --dataset out/data --tokenizer DIR
+
+An ingest that was stopped goes on when it is started again. DATASET/report.html shows what it found.
 """
 
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
+from tyro.conf import CascadeSubcommandArgs, arg, subcommand
 
 from mqwen import cli
 from mqwen.cluster import cluster
-from mqwen.data.errors import DataError
-from mqwen.data.ingest import Ingest, IngestSettings, Source
-from mqwen.data.sources.digits import DigitsSource, Split
+from mqwen.data.ingest import Ingest, IngestSettings
+from mqwen.data.sources.captions import ChallengerSource, TableSource
+from mqwen.data.sources.digits import DigitsSource
 from mqwen.data.sources.llava import LlavaSource
+from mqwen.data.sources.stored import ParquetSource, WebDatasetSource
 from mqwen.model import MQWenProcessor, MQWenTokenizer
 from mqwen.model.vocabulary import VOCABULARY_FILE
 from mqwen.storage import local_folder, readable, writable
 
+AnySource = (
+    Annotated[LlavaSource, subcommand("llava")]
+    | Annotated[ChallengerSource, subcommand("challenger")]
+    | Annotated[TableSource, subcommand("table")]
+    | Annotated[WebDatasetSource, subcommand("webdataset")]
+    | Annotated[ParquetSource, subcommand("parquet")]
+    | Annotated[DigitsSource, subcommand("digits")]
+)
+
 
 @dataclass(frozen=True)
-class Into:
-    """Where to: the dataset's URI, and the tokenizer whose counts its index holds."""
+class Command:
+    """Where to: the dataset's URI, and the tokenizer whose counts its index holds.
+
+    `in_place` makes the indexes of tars or Parquet files alone; they are then read where they lie.
+    """
 
     dataset: str
     tokenizer: str
+    source: Annotated[AnySource, arg(name="")]
+    in_place: bool = False
     settings: IngestSettings = field(default_factory=IngestSettings)
 
 
-@dataclass(frozen=True)
-class Llava(Into):
-    """LLaVA's conversations JSON, with pictures in a folder."""
-
-    conversations: str = tyro.MISSING
-    pictures: str = tyro.MISSING
-
-    def source(self) -> Source:
-        return LlavaSource(readable(self.conversations), readable(self.pictures))
-
-
-@dataclass(frozen=True)
-class Digits(Into):
-    """The demo's: pictures of handwritten digits with questions in English and Chinese."""
-
-    pictures: int = 6000
-    seed: int = 0
-    split: Split = "train"
-
-    def source(self) -> Source:
-        return DigitsSource(self.pictures, self.seed, self.split)
-
-
-def tokenizer(uri: str) -> MQWenTokenizer:
-    folder = local_folder(readable(uri), without="*.safetensors")
-    if not (folder / VOCABULARY_FILE).is_file():  # else transformers would look for it on the Hub
-        raise DataError(f"--tokenizer {uri} holds no {VOCABULARY_FILE}; give an artifact, or a folder with that file")
-    return MQWenTokenizer.from_pretrained(folder)
-
-
 def main() -> None:
-    command = tyro.cli(
-        Annotated[Llava, tyro.conf.subcommand("llava")] | Annotated[Digits, tyro.conf.subcommand("digits")],
-        description=__doc__,
-    )
-    processor = MQWenProcessor(tokenizer(command.tokenizer))
-    ingest = Ingest.prepare(command.source(), writable(command.dataset), processor, command.settings)
+    command = tyro.cli(Command, description=__doc__, registry=cli.uris(), config=(CascadeSubcommandArgs,))
+    folder = local_folder(readable(command.tokenizer), without="*.safetensors", needs=VOCABULARY_FILE)
+    processor = MQWenProcessor(MQWenTokenizer.from_pretrained(folder))
+    dataset = writable(command.dataset)
+    ingest = Ingest.prepare(command.source, dataset, processor, command.settings, command.in_place)
     with cluster(cpus=2):
-        manifest = ingest.run(lambda done, shards: print(f"shard {done}/{shards}", flush=True))
-    tokens = sum(shard.tokens for shard in manifest.shards)
-    print(f"{command.dataset}: {manifest.samples} samples, {tokens} tokens in {len(manifest.shards)} shards")
+        manifest = ingest.run(lambda done, chunks: print(f"chunk {done}/{chunks}", flush=True))
+    tokens, shards = manifest.shards.total("tokens"), len(manifest.shards)
+    print(f"{command.dataset}: {manifest.samples} samples, {tokens} tokens in {shards} shards")
 
 
 if __name__ == "__main__":

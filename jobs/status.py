@@ -42,7 +42,9 @@ def main() -> None:
         loss = "" if run.loss is None else f"{run.loss:.4f}"
         time, commit = (run.started.time, (run.started.commit or "")[:12]) if run.started else ("", "")
         saved = ", ".join(map(str, run.checkpoints))
-        table.add_row(run.name, run.state, f"{run.step}/{run.steps}", loss, saved, time, commit)
+        table.add_row(
+            run.name, run.state, f"{run.step}/{run.steps}" if run.steps else f"{run.step}", loss, saved, time, commit
+        )
     Console().print(table)
 
 

@@ -26,6 +26,7 @@ def build(arguments: dict[str, Any]) -> Application:
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_replicas,
             max_replicas=settings.max_replicas,
+            initial_replicas=settings.initial_replicas,
             target_ongoing_requests=settings.max_ongoing_requests / 2,
         ),
         max_ongoing_requests=settings.max_ongoing_requests,

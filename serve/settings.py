@@ -38,6 +38,7 @@ class Settings(BaseModel):
     keys_file: LocalPath | None = None  # hashes of API keys, one a line, beside those in MQWEN_API_KEYS
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
+    initial_replicas: int | None = Field(None, ge=1)  # from which it scales; default: min_replicas
     max_ongoing_requests: int = Field(64, ge=1)  # at work in one replica; it scales up from half of this
     max_queued_requests: int = Field(256, ge=1)  # waiting for a replica; above it 429
     cpus: float = Field(1, ge=0)  # of one replica
@@ -49,6 +50,8 @@ class Settings(BaseModel):
     def _check_range(self) -> "Settings":
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is below min_replicas={self.min_replicas}")
+        if not self.min_replicas <= (self.initial_replicas or self.min_replicas) <= self.max_replicas:
+            raise ValueError(f"initial_replicas={self.initial_replicas} is not within min_replicas and max_replicas")
         return self
 
     @property

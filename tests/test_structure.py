@@ -22,6 +22,7 @@ ROOMS = {
     "train": BASE,
     "engine": BASE,
     "evaluate": BASE | {"data", "engine"},
+    "release": BASE | {"data", "train", "evaluate"},
 }
 TOP = {"jobs", "serve", "demo", "cli", "cluster", "training"}  # the last four live in mqwen, and no room imports them
 
@@ -32,6 +33,7 @@ FORBIDDEN = {
     "model": HTTP | STORES | {"ray"},
     "engine": HTTP,
     "evaluate": HTTP | {"boto3", "botocore"},
+    "release": HTTP - {"httpx"} | {"boto3", "botocore"},
     "data": HTTP | {"boto3", "botocore"},
     "train": HTTP | {"boto3", "botocore"},
     "storage": HTTP | {"ray"},

@@ -8,7 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
 from mqwen.errors import UserError
+from mqwen.storage import Location, readable
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -39,6 +42,23 @@ def counter(what: str) -> Callable[[int, int], None]:
             print(f"{what}: {done}/{total}", flush=True)
 
     return show
+
+
+def uris() -> ConstructorRegistry:
+    """Lets options be Locations, each given by a URI whose storage must answer."""
+
+    def rule(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if kind.type is not Location:
+            return None
+        return PrimitiveConstructorSpec(1, "URI", lambda words: readable(words[0]), _is_location, lambda at: [str(at)])
+
+    registry = ConstructorRegistry()
+    registry.primitive_rule(rule)
+    return registry
+
+
+def _is_location(value: object) -> bool:
+    return isinstance(value, Location)
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

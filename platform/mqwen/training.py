@@ -2,64 +2,107 @@
 
 from __future__ import annotations
 
-import argparse
-
-import tyro
+import json
+from dataclasses import replace
 
 from mqwen.cluster import cluster
-from mqwen.data.manifest import check_shards, read_manifest
+from mqwen.data.dataset import open_dataset
+from mqwen.data.heldout import HeldOut
 from mqwen.data.order import Order, OrderSettings, Position
-from mqwen.data.stream import OrderedSplit, Stream
-from mqwen.storage import readable
-from mqwen.train.build import check_trainable, starting_point
-from mqwen.train.loop import Progress
-from mqwen.train.recipes import recipe
+from mqwen.data.reader import WindowReader
+from mqwen.data.stream import Stream
+from mqwen.model import MQWenConfig, MQWenProcessor
+from mqwen.storage import Location, MissingFileError, local_folder, readable
+from mqwen.train.build import outline, starting_point
+from mqwen.train.cost import cost_of
+from mqwen.train.loop import Place, Progress
+from mqwen.train.records import read_metrics
 from mqwen.train.report import write_report
-from mqwen.train.run import open_run, train_run
-from mqwen.train.settings import RunSettings
+from mqwen.train.run import SETTINGS, open_run, train_run
+from mqwen.train.settings import DataSettings, RunSettings, SettingsError
+from mqwen.train.worker import Feed
+
+ENDLESS = 2**31  # rows, where the budget does not say how many it can want
+HELD_OUT_SAMPLES = 64  # of a window of held-out rows, which one worker reads
 
 
-def read_settings(description: str | None) -> RunSettings:
-    """The recipe that --recipe names, overridden by every other option."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", required=True)
-    named, rest = parser.parse_known_args()
-    return tyro.cli(RunSettings, default=recipe(named.recipe), args=rest, description=description)
+def order_of(settings: RunSettings, image_positions: int) -> Order:
+    """The order that a run trains on. Raises DataError where a dataset cannot be used."""
+    weights = settings.data.mixture or {settings.data.dataset: 1.0}
+    datasets = [open_dataset(readable(uri)) for uri in weights]
+    return Order(datasets, order_settings(settings, image_positions), list(weights.values()))
+
+
+def order_settings(settings: RunSettings, image_positions: int) -> OrderSettings:
+    data = settings.data
+    return OrderSettings(
+        settings.seed, data.pack_length, data.packs_per_row, image_positions, data.run_samples, data.window_runs
+    )
+
+
+def reader_of(run: Location, step: int) -> tuple[WindowReader, int, int]:
+    """What reads the rows of a run's order, how many of them lie before a step's, and how many those are.
+
+    The reader starts at the last position before the step that the run's metrics tell.
+    """
+    try:
+        raw = json.loads((run / SETTINGS).read_bytes())
+    except MissingFileError as error:
+        raise SettingsError(f"{run} is no run: it has no {SETTINGS}") from error
+    if not 1 <= step <= (raw["steps"] or step):
+        raise SettingsError(f"step {step} is none of {run}, whose steps are 1 to {raw['steps']}")
+    settings = RunSettings(raw["name"], data=DataSettings(**raw["data"]), seed=raw["seed"])
+    model = local_folder(run / "model")
+    order = order_of(settings, MQWenConfig.from_json_file(model / "config.json").image_positions)
+    known = [Progress(record["step"], tuple(record["place"])) for record in read_metrics(run) if record.get("place")]
+    before = max((progress for progress in known if progress.step < step), key=lambda one: one.step, default=Progress())
+    reader = WindowReader(order, MQWenProcessor.from_pretrained(model), position(before))
+    rows = settings.data.rows_per_step
+    return reader, (step - 1 - before.step) * rows, rows
+
+
+def position(progress: Progress) -> Position:
+    return Position.after(progress.place) if progress.place else Position()
 
 
 def run_training(settings: RunSettings) -> None:
-    """Checks everything that can be known before, then trains on a cluster, to the last step."""
+    """Checks everything that can be known before, then trains on a cluster, until the budget is spent."""
     settings.check()
     config, processor = starting_point(settings)
-    check_trainable(settings, config)
-    dataset = readable(settings.data.dataset)
-    manifest = read_manifest(dataset)
-    order = Order(
-        manifest,
-        OrderSettings(
-            settings.seed,
-            settings.data.pack_length,
-            settings.data.packs_per_row,
-            config.image_positions,
-            settings.data.run_samples,
-            settings.data.window_runs,
-        ),
+    cost = cost_of(outline(settings, config))
+    order = order_of(settings, config.image_positions)
+    rows = settings.steps * settings.data.rows_per_step if settings.steps else ENDLESS
+    stream = Stream(order, processor, rows)
+    for dataset in order.datasets:
+        dataset.check_shards()
+    held_out = _held_out(settings, config, processor)
+
+    def epochs(place: Place) -> float:
+        epoch, window, _ = place
+        return epoch + window / order.windows
+
+    feed = Feed(
+        split=lambda progress, workers: stream.split(position(progress), workers),
+        rows=lambda part, progress: stream.read(part, position(progress), settings.data.max_bad),
+        blank=stream.blank(),
+        epochs=epochs,
+        held_out=held_out.share if held_out else None,
     )
-    stream = Stream(dataset, order, processor, rows=settings.steps * settings.data.rows_per_step)
-    check_shards(dataset, manifest)
-    run = open_run(settings, config, processor)
+    cpus = settings.parallel.workers * settings.parallel.cpus_per_worker + 2
+    with open_run(settings, config, processor) as run:
+        with cluster(cpus):
+            train_run(settings, run, config, feed, cost)
+        print(f"run {run}: {write_report(run)}")
 
-    def position(progress: Progress) -> Position:
-        return Position.after(progress.place) if progress.place else Position()
 
-    with cluster(cpus=settings.parallel.workers * settings.parallel.cpus_per_worker + 2):
-        train_run(
-            settings,
-            run,
-            config,
-            dataset=lambda progress: stream.start(position(progress)),
-            split=OrderedSplit(),
-            rows=lambda shard, progress: stream.read(shard, position(progress), settings.data.max_bad),
-            blank=stream.blank(),
-        )
-    print(f"run {run}: {write_report(run)}")
+def _held_out(settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> HeldOut | None:
+    """The rows of `evaluation.dataset`, checked as those to train on are; the same whatever the run's seed."""
+    if not settings.evaluation.dataset:
+        return None
+    dataset = open_dataset(readable(settings.evaluation.dataset))
+    dataset.check_tokenizer(processor.tokenizer.fingerprint)
+    dataset.check_shards()
+    small = replace(
+        order_settings(settings, config.image_positions), seed=0, run_samples=HELD_OUT_SAMPLES, window_runs=1
+    )
+    return HeldOut(Order([dataset], small), processor)

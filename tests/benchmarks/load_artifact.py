@@ -1,20 +1,23 @@
 """Loading a full-size artifact (Qwen-1.8B + CLIP-L, random weights, bf16): anonymous memory, and time.
 
-python tests/benchmarks/load_artifact.py FOLDER
+python -m tests.benchmarks.load_artifact
 
-Writes the artifact into FOLDER where it is missing (4.3 GB), then loads it in processes of their own: with
-`from_pretrained`, and for comparison with a plain safetensors read of the same files into memory. The two take turns,
-after one round that fills the page cache.
+Writes the artifact into a folder of its own, deleted at the end (4.3 GB), then loads it in processes of their own: with
+`from_pretrained`, as it is and as float32, and for comparison with safetensors alone, which maps the files, and with a
+read of them into memory. They take turns, after one round that fills the page cache. In the end each has summed all
+weights, so that every page was there.
 """
 
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from threading import Event, Thread
 
-ROUNDS = 5
+ROUNDS = 3
+WAYS = ("from_pretrained", "from_pretrained as float32", "safetensors, mapped", "safetensors, read")
 QWEN_1_8B = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 11008}
 
 
@@ -53,11 +56,12 @@ def load(folder: Path, how: str) -> None:
     watcher = Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    if how == "from_pretrained":
-        tensors = list(MQWenLMHeadModel.from_pretrained(folder, dtype=torch.bfloat16).parameters())
+    if how.startswith("from_pretrained"):
+        dtype = torch.float32 if how.endswith("float32") else torch.bfloat16
+        tensors = list(MQWenLMHeadModel.from_pretrained(folder, dtype=dtype).parameters())
     else:
-        # clone: load_file maps the file, and weights that are to be used must be read.
-        tensors = [t.clone() for file in sorted(folder.glob("*.safetensors")) for t in load_file(file).values()]
+        mapped = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in load_file(file).values()]
+        tensors = [tensor.clone() for tensor in mapped] if how.endswith("read") else mapped
     sum(tensor.sum() for tensor in tensors)  # all pages are there
     seconds = time.perf_counter() - started
     done.set()
@@ -65,25 +69,31 @@ def load(folder: Path, how: str) -> None:
     print(seconds, max(most[0], anonymous_bytes()) - before, sum(t.numel() * t.element_size() for t in tensors))
 
 
+def measure(folder: Path, how: str) -> tuple[float, int, int]:
+    words = [sys.executable, __file__, str(folder), how]
+    seconds, memory, needed = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
+    return float(seconds), int(memory), int(needed)
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
-    if len(sys.argv) > 2:
-        return load(folder, sys.argv[2])
-    if not (folder / "config.json").exists():
-        write(folder)
-    found: dict[str, list[tuple[float, int, int]]] = {"from_pretrained": [], "safetensors": []}
-    for number in range(ROUNDS + 1):
-        for how, results in found.items():
-            words = [sys.executable, __file__, str(folder), how]
-            output = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
-            if number:
-                results.append((float(output[0]), int(output[1]), int(output[2])))
-    print("| | seconds, median of 5 | anonymous memory at its peak, bytes | of what the weights need |")
-    print("|---|---|---|---|")
+    if len(sys.argv) > 1:
+        return load(Path(sys.argv[1]), sys.argv[2])
+    from tests.benchmarks.result import write_result
+
+    found: dict[str, list[tuple[float, int, int]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name))
+        for number in range(ROUNDS + 1):
+            for how, results in found.items():
+                measured = measure(Path(name), how)
+                results += [measured] if number else []  # the first round fills the page cache
+    lines = ["| | seconds, median | each | anonymous memory at its peak | weights in this dtype | ratio |"]
+    lines += ["|---|---|---|---|---|---|"]
     for how, results in found.items():
-        memory = max(result[1] for result in results)
-        seconds = statistics.median(result[0] for result in results)
-        print(f"| {how} | {seconds:.2f} | {memory:,} | {memory / results[0][2]:.3f} |")
+        memory, needed, each = max(result[1] for result in results), results[0][2], [result[0] for result in results]
+        times = f"{statistics.median(each):.2f} | {', '.join(f'{seconds:.2f}' for seconds in each)}"
+        lines.append(f"| {how} | {times} | {memory:,} | {needed:,} | {memory / needed:.3f} |")
+    write_result("load-artifact", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """From SIGKILL of a training worker to the next step, beside an empty torch worker group restarted in the same run.
 
-python tests/benchmarks/restart.py [--rounds 5]
+python -m tests.benchmarks.restart [--rounds 3]
 
 Both run on one cluster of this machine, by turns: the demo's training on a small dataset, and a worker group of the
-same size that only counts. Of each, one worker is killed once it is at work, and the time is taken until the group
-works again.
+same size, with the same settings of Ray, that only counts. Of each, one worker is killed once it is at work, and the
+time is taken until the group works again.
 """
 
 import os
@@ -23,6 +23,7 @@ import tyro
 from mqwen.cluster import cluster
 from mqwen.data.sources.digits import vocabulary_texts
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
+from tests.benchmarks.result import write_result
 
 ROOT = Path(__file__).parents[2]
 EMPTY = """
@@ -48,11 +49,12 @@ with cluster(cpus=4):
 
 @dataclass(frozen=True)
 class Restart:
-    rounds: int = 5
+    rounds: int = 3
 
 
-def kill_to_next_step(command: list[str], environment: dict[str, str], first: str) -> float:
-    """Seconds. The kill comes with the first line that `first` finds, the end with the next line that shows a step."""
+def kill_to_next_step(command: list[str], environment: dict[str, str], first: str, at_work: float = 0.0) -> float:
+    """Seconds. The kill comes with the first line that `first` finds after `at_work` seconds of work, the end with the
+    next line that shows a step."""
     process = subprocess.Popen(
         command,
         env=os.environ | environment,
@@ -63,11 +65,14 @@ def kill_to_next_step(command: list[str], environment: dict[str, str], first: st
         start_new_session=True,
     )
     assert process.stdout is not None
-    killed = None
+    killed, began, said = None, None, ""
     before: set[int] = set()
     try:
         for line in process.stdout:
-            if killed is None and re.search(first, line):
+            said += line
+            if began is None and re.search(r"step \d+/", line):
+                began = time.monotonic()
+            if killed is None and began and time.monotonic() - began > at_work and re.search(first, line):
                 workers = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline())]
                 before = {worker.pid for worker in workers}
                 workers[-1].kill()
@@ -79,7 +84,7 @@ def kill_to_next_step(command: list[str], environment: dict[str, str], first: st
     finally:
         process.terminate()
         process.wait()
-    raise RuntimeError(f"{command} ended without a step after the kill")
+    raise RuntimeError(f"{command} ended without a step after the kill:\n{said[-3000:]}")
 
 
 def main() -> None:
@@ -94,12 +99,14 @@ def main() -> None:
             words = ["--recipe", "demo", "--data.dataset", f"{folder}/data", "--runs", f"{folder}/runs"]
             words += ["--tokenizer", folder, "--name", f"run-{number}", "--log-every", "1", "--checkpoint.every", "10"]
             training = [sys.executable, "jobs/pretrain.py", *words]
-            found["training"].append(kill_to_next_step(training, environment, r"step 10: checkpoint"))
+            found["training"].append(kill_to_next_step(training, environment, r"step \d+: checkpoint", 60))
             empty = [sys.executable, "-c", EMPTY.replace("FOLDER", f"{folder}/empty-{number}")]
             found["empty"].append(kill_to_next_step(empty, environment, r"step 20/"))
             print(f"round {number + 1}: " + ", ".join(f"{what} {times[-1]:.1f} s" for what, times in found.items()))
     medians = {what: statistics.median(times) for what, times in found.items()}
-    print(f"medians: {medians}, ratio {medians['training'] / medians['empty']:.2f}")
+    rows = [f"| {what} | {', '.join(f'{one:.1f}' for one in found[what])} | {medians[what]:.1f} |" for what in found]
+    table = "| workers | seconds from kill to next step | median |\n|---|---|---|\n" + "\n".join(rows)
+    write_result("restart", f"{table}\n\nRatio {medians['training'] / medians['empty']:.2f}; at most 1.3 is aimed at.")
 
 
 if __name__ == "__main__":

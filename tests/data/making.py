@@ -8,9 +8,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow as pa
 from PIL import Image
 
-from mqwen.data.manifest import Manifest, Shard, write_index, write_manifest
+from mqwen.data.manifest import INDEX_SCHEMA, Manifest, Shards, write_index, write_manifest
 from mqwen.data.sample import Sample, write_sample
 from mqwen.model import MQWenProcessor
 from mqwen.model.chat import encode_chat
@@ -47,7 +48,7 @@ def random_sample(seed: int) -> Sample:
 
 
 def write_dataset(
-    folder: Path, processor: MQWenProcessor, samples: Sequence[Sample], shard_samples: int = 16
+    folder: Path | Location, processor: MQWenProcessor, samples: Sequence[Sample], shard_samples: int = 16
 ) -> Location:
     """What ingest would write."""
     dataset = locate(folder)
@@ -64,15 +65,16 @@ def write_dataset(
         data = buffer.getvalue()
         (dataset / f"{name}.tar").write_bytes(data)
         shards.append(
-            Shard(
-                name,
-                len(rows),
-                sum(row["tokens"] for row in rows),
-                sum(row["images"] for row in rows),
-                len(data),
-                hashlib.sha256(data).hexdigest(),
-                write_index(dataset, name, rows),
-            )
+            {
+                "name": name,
+                "file": f"{name}.tar",
+                "samples": len(rows),
+                "tokens": sum(row["tokens"] for row in rows),
+                "images": sum(row["images"] for row in rows),
+                "nbytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "index_sha256": write_index(dataset, name, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)),
+            }
         )
-    write_manifest(dataset, Manifest(shards, processor.tokenizer.fingerprint, {}))
+    write_manifest(dataset, Manifest(Shards(shards), processor.tokenizer.fingerprint, {}))
     return dataset

@@ -58,7 +58,7 @@ def photos(tmp_path: Path) -> Path:
         (["--conversatoins", "x"], "--conversations"),
         (["--conversations", "{tmp}/nowhere.json"], "error: {tmp}/nowhere.json does not exist"),
         (["--conversations", "{tmp}/empty.json"], "error: {tmp}/empty.json holds no conversations"),
-        (["--tokenizer", "{tmp}/photos"], "error: --tokenizer {tmp}/photos holds no qwen.tiktoken"),
+        (["--tokenizer", "{tmp}/photos"], "error: {tmp}/photos holds no qwen.tiktoken"),
     ],
 )
 def test_wrong_options_before_ray_starts(
@@ -86,7 +86,7 @@ def test_a_small_folder(tmp_path: Path, ray_folder: Path, photos: Path, vocabula
     manifest = read_manifest(locate(tmp_path / "out"))
     tokens = sum(shard.tokens for shard in manifest.shards)
     assert ended.stdout.splitlines()[-1] == f"{tmp_path / 'out'}: 5 samples, {tokens} tokens in 3 shards"
-    assert "shard 3/3" in ended.stdout
+    assert "chunk 3/3" in ended.stdout
     assert "Traceback" not in ended.stderr
 
     def belongs(process: psutil.Process) -> bool:

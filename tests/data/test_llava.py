@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mqwen.data.conversation import check_text, from_llava
 from mqwen.data.encode import encode
 from mqwen.data.errors import DataError, EmptyDatasetError, SampleError
 from mqwen.data.sample import Sample
@@ -155,13 +156,22 @@ def test_keys_are_names_that_tars_can_hold(pictures: Path) -> None:
     assert [sample.source for sample in found.values() if isinstance(sample, Sample)][:3] == ["a/b.c", "a_b_c", "../up"]
 
 
-def test_one_id_for_several_conversations_and_equal_records(pictures: Path) -> None:
-    """LLaVA's own files name a picture's conversations alike: these are all kept. A record that stands twice is not."""
-    one, two = ({"id": "7", "conversations": [human(text), gpt("!")]} for text in ("one", "two"))
-    found = read(pictures, [one, two, one, dict(two), {"id": "8", "conversations": [human("one"), gpt("!")]}], size=2)
-    assert list(found) == ["7", "7-2", "7-3", "7-4", "8"]
-    assert [isinstance(sample, Sample) for sample in found.values()] == [True, True, False, False, True]
-    assert str(found["7-3"]) == str(found["7-4"]) == "duplicate: an equal record stands before it"
+def test_one_id_for_several_conversations(pictures: Path) -> None:
+    """LLaVA's own files name a picture's conversations alike: these are all kept."""
+    records = [{"id": "7", "conversations": [human(text), gpt("!")]} for text in ("one", "two", "one")]
+    found = read(pictures, records, size=2)
+    assert list(found) == ["7", "7-2", "7-3"]
+    assert all(isinstance(sample, Sample) for sample in found.values())
+
+
+def test_bytes_that_are_no_text_spoil_their_record_alone(pictures: Path) -> None:
+    file = pictures.parent / "bytes.json"
+    good, bad = ({"id": name, "conversations": [human("Hi"), gpt("!")]} for name in ("good", "bad!"))
+    file.write_bytes(json.dumps([good, bad]).encode().replace(b"Hi", b"H\xff", 2).replace(b"H\xff", b"Hi", 1))
+    (_, one), (_, two) = (pair for chunk in LlavaSource(locate(file), locate(pictures)).chunks(9) for pair in chunk)
+    check_text(from_llava(one["conversations"]))
+    with pytest.raises(SampleError, match="text: its text holds the byte 0xff, which is not UTF-8"):
+        check_text(from_llava(two["conversations"]))
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,22 @@
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mqwen.data.manifest import INDEX_SCHEMA, Manifest, Shard
+from mqwen.data.dataset import Dataset
+from mqwen.data.manifest import INDEX_SCHEMA, Manifest, Shard, Shards
 from mqwen.data.order import Order, OrderSettings, Position, WindowPlan
+from mqwen.storage import locate
 
 SETTINGS = OrderSettings(seed=5, pack_length=60, packs_per_row=2, image_positions=4, run_samples=7, window_runs=3)
 
 
-def made_index(shard: Shard) -> pa.Table:
+def made_index(dataset: Dataset, shard: Shard) -> pa.Table:
     rows = [
         {"key": f"{shard.name}-{n}", "offset": n, "nbytes": 1, "tokens": 5 + n * 7 % 50, "images": n % 3, "sha256": ""}
         for n in range(shard.samples)
@@ -24,8 +26,15 @@ def made_index(shard: Shard) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
 
 
+def made_dataset(name: str, samples: list[int]) -> Dataset:
+    """Of shards with so many samples each; it exists nowhere."""
+    shards = [asdict(Shard(str(n), f"{n}.tar", size, 0, 0, 0, "", "")) for n, size in enumerate(samples)]
+    place = locate(f"/{name}")
+    return Dataset(place, Manifest(Shards(shards), "", {}), place)
+
+
 def made_order(samples: list[int], settings: OrderSettings = SETTINGS) -> Order:
-    return Order(Manifest([Shard(str(n), size, 0, 0, 0, "", "") for n, size in enumerate(samples)], "", {}), settings)
+    return Order([made_dataset("made", samples)], settings)
 
 
 def plans(order: Order, epoch: int) -> list[WindowPlan]:
@@ -120,9 +129,9 @@ def test_a_window_reads_only_its_own_indexes() -> None:
     order = made_order([20] * 50)
     asked = Counter[str]()
 
-    def index(shard: Shard) -> pa.Table:
+    def index(dataset: Dataset, shard: Shard) -> pa.Table:
         asked[shard.name] += 1
-        return made_index(shard)
+        return made_index(dataset, shard)
 
     order.plan(0, 1, index)
     assert set(asked) == {run.shard.name for run in order.window(0, 1)}

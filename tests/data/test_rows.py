@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mqwen.data.batch import Batch, unpack
+from mqwen.data.dataset import open_dataset
 from mqwen.data.errors import DataError
-from mqwen.data.manifest import check_shards, read_index, read_manifest
+from mqwen.data.manifest import read_index, read_manifest
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
@@ -25,7 +26,7 @@ SETTINGS = OrderSettings(
 
 
 def read_epoch(dataset: Location, processor: MQWenProcessor, settings: OrderSettings = SETTINGS) -> list[Batch]:
-    reader = WindowReader(dataset, Order(read_manifest(dataset), settings), processor, Position())
+    reader = WindowReader(Order([open_dataset(dataset)], settings), processor, Position())
     tables = [row for window in range(reader.order.windows) for row in reader.rows(window)]
     return [unpack(table, settings.packs_per_row, processor.image_size) for table in tables]
 
@@ -192,12 +193,13 @@ def test_a_blank_row(processor: MQWenProcessor) -> None:
 
 def test_cut_and_missing_shards_are_named(tmp_path: Path, processor: MQWenProcessor) -> None:
     dataset = write_dataset(tmp_path, processor, [random_sample(seed) for seed in range(4)], shard_samples=2)
-    manifest = read_manifest(dataset)
-    check_shards(dataset, manifest)
+    opened = open_dataset(dataset)
+    manifest = opened.manifest
+    opened.check_shards()
     shard = tmp_path / f"{manifest.shards[1].name}.tar"
     shard.write_bytes(shard.read_bytes()[:700])
     with pytest.raises(DataError, match=rf"{shard.name} has 700 bytes, {manifest.shards[1].nbytes} were written"):
-        check_shards(dataset, manifest)
+        opened.check_shards()
     shard.unlink()
     with pytest.raises(DataError, match=rf"{shard.name} is missing; copy the dataset again"):
-        check_shards(dataset, manifest)
+        opened.check_shards()

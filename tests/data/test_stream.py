@@ -1,29 +1,23 @@
-"""The stream on Ray Data: the same rows in the same order for any number of workers, from any position."""
+"""The stream on Ray Data: killed readers, bad samples, wrong positions. test_digest.py has its order."""
 
-import hashlib
-import json
-import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from random import Random
 
 import psutil
 import pytest
 import ray.data
 
-from mqwen.data.batch import Batch, unpack
+from mqwen.data.batch import Batch
+from mqwen.data.dataset import open_dataset
 from mqwen.data.errors import DataError
-from mqwen.data.manifest import read_manifest
 from mqwen.data.order import Order, OrderSettings, Position
-from mqwen.data.reader import WindowReader
-from mqwen.data.stream import OrderedSplit, Stream
+from mqwen.data.stream import Stream
 from mqwen.model import MQWenProcessor
-from mqwen.storage import locate
 from mqwen.telemetry import reading
+from tests.data.digest import digest, plain_rows, ranks_steps
 from tests.data.making import IMAGE_POSITIONS, random_sample, write_dataset
 from tests.scraping import declared, scrape_until
 
@@ -41,56 +35,27 @@ def stream(tmp_path_factory: pytest.TempPathFactory, processor: MQWenProcessor) 
     samples = [random_sample(seed) for seed in range(60)]
     samples[9].pictures[0] = b"no picture"
     dataset = write_dataset(tmp_path_factory.mktemp("data"), processor, samples)
-    return Stream(dataset, Order(read_manifest(dataset), SETTINGS), processor, rows=ROWS)
+    return Stream(Order([open_dataset(dataset)], SETTINGS), processor, rows=ROWS)
 
 
 @pytest.fixture(scope="module")
 def plain(stream: Stream) -> list[Batch]:
-    """The rows by a loop in this process."""
-    reader = WindowReader(stream.dataset, stream.order, stream.processor, Position())
-    tables = (row for window in range(1000) for row in reader.rows(window))
-    side, packs = stream.processor.image_size, SETTINGS.packs_per_row
-    return [unpack(table, packs, side) for table in islice(tables, ROWS)]
+    return list(islice(plain_rows(stream), ROWS))
 
 
-def digest(rows: list[Batch]) -> str:
-    """Over each row's place, keys and tensors, in the order of the rows."""
-    sha = hashlib.sha256()
-    for row in rows:
-        sha.update(json.dumps([row.place, row.keys, row.quarantined, row.supervised, row.positions]).encode())
-        for name in sorted(row.inputs):
-            sha.update(f"{name} {row.inputs[name].dtype} {tuple(row.inputs[name].shape)}".encode())
-            sha.update(row.inputs[name].numpy().tobytes())
-    return sha.hexdigest()
-
-
-def consume(
+def received(
     stream: Stream,
     workers: int,
-    rows: int,
     position: Position | None = None,
-    on_row: Callable[[int], None] = lambda number: None,
-) -> list[list[Batch]]:
-    """What each of `workers` receives of the first `rows` rows, as Ray Train would hand it to them."""
-    start = position or Position()
-    shards = OrderedSplit().configure({"train": stream.start(start)}, workers)
-
-    def read(rank: int) -> list[Batch]:
-        found = []
-        for number, row in enumerate(
-            islice(stream.read(shards[rank]["train"], start, 0.5), len(range(rank, rows, workers)))
-        ):
-            found.append(row)
-            on_row(rank + number * workers)
-        return found
-
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(read, range(workers)))
+    rows: int = ROWS,
+    on_step: Callable[[int, int], None] = lambda rank, step: None,
+) -> str:
+    """The digest of the rows from a position on, dealt one by one."""
+    return digest(ranks_steps(stream, workers, 1, rows, position or Position(), on_step))
 
 
-def dealt(parts: list[list[Batch]]) -> list[Batch]:
-    """The rows in their order, if row i went to rank i mod workers."""
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+def expected(rows: list[Batch]) -> str:
+    return digest([[row] for row in rows])
 
 
 def test_the_plain_loop_has_all_kinds_of_rows(stream: Stream, plain: list[Batch]) -> None:
@@ -103,32 +68,14 @@ def test_the_plain_loop_has_all_kinds_of_rows(stream: Stream, plain: list[Batch]
     assert sorted(keys) == sorted(f"sample-{seed:04d}" for seed in range(60))
 
 
-@pytest.mark.parametrize("workers", [3, pytest.param(5, marks=pytest.mark.soak)])
-def test_the_same_rows_for_any_number_of_workers(stream: Stream, plain: list[Batch], workers: int) -> None:
-    parts = consume(stream, workers, ROWS)
-    assert [len(part) for part in parts] == [len(range(rank, ROWS, workers)) for rank in range(workers)]
-    assert [row.place for row in dealt(parts)] == [row.place for row in plain]
-    assert digest(dealt(parts)) == digest(plain)
-
-
-def test_one_worker_and_a_list_of_windows_that_is_never_made_whole(stream: Stream, plain: list[Batch]) -> None:
-    (part,) = consume(replace(stream, rows=100_000_000), 1, ROWS)
-    assert digest(part) == digest(plain)
-
-
-def test_after_a_stop_the_rows_go_on(stream: Stream, plain: list[Batch]) -> None:
-    done = Random().randrange(ROWS - 4)
-    position = Position.after(plain[done].place)
-    rest = consume(stream, 3, ROWS - done - 1, position)
-    assert digest(dealt(rest)) == digest(plain[done + 1 :]), f"resumed after row {done}"
-    assert all(row.start == (position.epoch, position.window, position.row) for part in rest for row in part)
+def test_a_list_of_windows_that_is_never_made_whole(stream: Stream, plain: list[Batch]) -> None:
+    assert received(replace(stream, rows=100_000_000), 1) == expected(plain)
 
 
 def test_after_a_windows_last_row_comes_the_next_window(stream: Stream, plain: list[Batch]) -> None:
     done = next(n for n in range(3, ROWS) if plain[n].place[2] > plain[n + 1].place[2])
     position = Position.after(plain[done].place)
-    rows = stream.read(stream.start(position).iterator(), position, 0.5)
-    assert digest(list(islice(rows, 4))) == digest(plain[done + 1 : done + 5])
+    assert received(stream, 1, position, 4) == expected(plain[done + 1 : done + 5])
 
 
 def test_killed_readers_change_nothing(stream: Stream, plain: list[Batch]) -> None:
@@ -137,18 +84,16 @@ def test_killed_readers_change_nothing(stream: Stream, plain: list[Batch]) -> No
     There are many more rows to read than are taken, so that the readers are at work all the time.
     """
     killed: list[str] = []
-    lock = threading.Lock()
 
-    def kill(number: int) -> None:
-        if number in (4, 15):
-            with lock:
-                for process in psutil.Process().children(recursive=True):
-                    name = process.name()
-                    if "ReadWindows" in name or "MapBatches" in name:
-                        process.kill()
-                        killed.append(name)
+    def kill(rank: int, step: int) -> None:
+        if rank == 0 and step in (4, 15):
+            for process in psutil.Process().children(recursive=True):
+                name = process.name()
+                if "ReadWindows" in name or "MapBatches" in name:
+                    process.kill()
+                    killed.append(name)
 
-    assert digest(dealt(consume(replace(stream, rows=5000), 2, ROWS, on_row=kill))) == digest(plain)
+    assert received(replace(stream, rows=5000), 2, on_step=kill) == expected(plain)
     assert killed
 
 
@@ -156,27 +101,29 @@ def test_the_metrics_are_those_of_the_rows(tmp_path: Path, processor: MQWenProce
     samples = [random_sample(seed) for seed in range(60)]
     samples[9].pictures[0] = b"no picture"
     dataset = write_dataset(tmp_path / "measured", processor, samples)
-    order = Order(read_manifest(dataset), SETTINGS)
-    (rows,) = consume(Stream(dataset, order, processor, rows=ROWS), 1, ROWS)
+    order = Order([open_dataset(dataset)], SETTINGS)
+    measured = Stream(order, processor, rows=ROWS)
+    rows = [row for step in ranks_steps(measured, 1, 1, ROWS, Position()) for row in step]
     reasons = Counter(reason.split(":")[0] for row in rows for reason in row.quarantined.values())
     assert reasons.keys() == {"picture", "too long"}
 
     (node,) = ray.nodes()
+    taken = sum(len(row.keys) + len(row.quarantined) for row in rows)
     found = scrape_until(
         [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"],
         lambda one: (
             one.total("ray_mqwen_data_rows_total", dataset="measured") >= ROWS
+            and one.total("ray_mqwen_data_samples_total", dataset="measured") >= taken
             and one.total("ray_mqwen_data_quarantined_samples_total", dataset="measured") == reasons.total()
         ),
     )
     assert found.declared() == declared(reading)
     for reason, count in reasons.items():
         assert found.total("ray_mqwen_data_quarantined_samples_total", dataset="measured", reason=reason) == count
-    taken = sum(len(row.keys) + len(row.quarantined) for row in rows)
-    assert found.total("ray_mqwen_data_samples_total", dataset="measured") >= taken
-    shards = sum(shard.nbytes for shard in order.manifest.shards)
+    manifest = order.datasets[0].manifest
+    shards = manifest.shards.total("nbytes")
     assert found.total("ray_mqwen_data_read_bytes_total", dataset="measured") > shards / 2
-    assert found.total("ray_mqwen_data_read_seconds_count", dataset="measured") >= len(order.manifest.shards)
+    assert found.total("ray_mqwen_data_read_seconds_count", dataset="measured") >= len(manifest.shards)
 
 
 def test_too_many_bad_samples_stop_the_run(stream: Stream) -> None:
@@ -187,6 +134,14 @@ def test_too_many_bad_samples_stop_the_run(stream: Stream) -> None:
     assert "too long: " in str(raised.value)
 
 
+def test_storage_that_fails_is_named(tmp_path: Path, processor: MQWenProcessor) -> None:
+    dataset = write_dataset(tmp_path / "data", processor, [random_sample(seed) for seed in range(60)])
+    stream = Stream(Order([open_dataset(dataset)], SETTINGS), processor, rows=ROWS)
+    (tmp_path / "data" / "shard-000016.tar").unlink()
+    with pytest.raises(DataError, match=r"^\S*/shard-000016\.tar does not exist or is no file$"):
+        list(islice(stream.read(stream.start(Position()).iterator(), Position(), 1.0), ROWS))
+
+
 def test_a_position_that_is_not_the_streams(stream: Stream) -> None:
     rows = stream.read(stream.start(Position()).iterator(), Position(0, 1, 0), max_bad=1.0)
     with pytest.raises(DataError, match=r"the stream starts at \(0, 0, 0\), the checkpoint stands at"):
@@ -195,9 +150,10 @@ def test_a_position_that_is_not_the_streams(stream: Stream) -> None:
 
 def test_another_tokenizers_dataset(tmp_path: Path, processor: MQWenProcessor) -> None:
     dataset = write_dataset(tmp_path, processor, [random_sample(1)])
-    manifest = read_manifest(dataset)
+    opened = open_dataset(dataset)
+    other = replace(opened, manifest=replace(opened.manifest, tokenizer="other"))
     with pytest.raises(DataError, match="another tokenizer"):
-        Stream(locate(tmp_path), Order(replace(manifest, tokenizer="other"), SETTINGS), processor, 1)
+        Stream(Order([other], SETTINGS), processor, 1)
 
 
 def test_ray_keeps_no_setting_of_the_stream(stream: Stream) -> None:

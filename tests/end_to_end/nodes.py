@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.conftest import KEYS, set_all
@@ -42,11 +43,16 @@ def wait(ready: Callable[[], bool], seconds: float = 90) -> None:
 
 @dataclass
 class Cluster:
-    """`shell` runs commands on it; `dashboard` takes jobs; `bucket` is an s3:// URI that its commands can reach."""
+    """`shell` runs commands on it; `dashboard` takes jobs; `bucket` is an s3:// URI that its commands can reach.
+
+    `add_node` starts a node of two logical CPUs; the cluster begins with a head and `second`.
+    """
 
     shell: Shell
     dashboard: str
     bucket: str
+    add_node: Callable[[], subprocess.Popen]
+    second: subprocess.Popen
 
     def submit(self, *words: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
         """`ray job submit`, with README's one command; follows the job to its end."""
@@ -72,20 +78,32 @@ def cluster(s3: str) -> Iterator[Cluster]:
         found.variables = token | keys | path | FAST
         asking = {"Authorization": f"Bearer {token['RAY_AUTH_TOKEN']}"}
 
-        def start_node(*words: str) -> None:
+        def start_node(*words: str) -> subprocess.Popen:
             agent = free_port()  # two nodes on one machine must not share the agent's, which jobs are sent to
             words = (*words, "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--num-cpus=2")
             command = [str(BIN / "ray"), "start", *words, "--disable-usage-stats", "--block"]
             with (found.ray_folder / f"node-{agent}.log").open("w") as log:
-                subprocess.Popen(
+                node = subprocess.Popen(
                     command, cwd=ROOT, env=found.environment(), stdout=log, stderr=log, start_new_session=True
                 )
             wait(lambda: httpx.get(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", headers=asking).is_success)
+            return node
 
         start_node("--head", f"--port={port}", f"--dashboard-port={dashboard}")
         set_all(patch, **keys)
         url = f"http://127.0.0.1:{dashboard}"
         wait(lambda: httpx.get(f"{url}/api/version", headers=asking).is_success)
-        start_node(f"--address=127.0.0.1:{port}")
+
+        def add_node() -> subprocess.Popen:
+            return start_node(f"--address=127.0.0.1:{port}")
+
+        second = add_node()
         found.variables |= {"RAY_ADDRESS": f"127.0.0.1:{port}"}
-        yield Cluster(found, url, "s3://bucket/nodes")
+        yield Cluster(found, url, f"s3://bucket/{secrets.token_hex(8)}", add_node, second)
+
+
+def lose(node: subprocess.Popen) -> None:
+    """As if its power were cut: all its processes at once."""
+    for process in [*psutil.Process(node.pid).children(recursive=True), node]:
+        process.kill()
+    node.wait()

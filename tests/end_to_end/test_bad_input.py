@@ -11,8 +11,9 @@ import pytest
 from tests.conftest import KEYS
 from tests.end_to_end.commands import SMALL, Shell
 
-EMPTY = {"shards": [], "tokenizer": "0" * 64, "rejected": {"picture": 3}, "format_version": 1}
-SHARD = {"name": "shard-000000", "samples": 1, "tokens": 9, "images": 0, "nbytes": 1, "sha256": "", "index_sha256": ""}
+EMPTY = {"shards": [], "tokenizer": "0" * 64, "rejected": {"picture": 3}, "format_version": 2}
+SHARD = {"name": "shard-000000", "file": "shard-000000.tar", "samples": 1, "tokens": 9, "images": 0, "nbytes": 1}
+SHARD |= {"sha256": "", "index_sha256": ""}
 
 PRETRAIN = ["jobs/pretrain.py", *SMALL, "--runs", "{tmp}/runs"]
 READY = [*PRETRAIN, "--tokenizer", "{tokenizer}", "--data.dataset"]
@@ -29,7 +30,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "other tokenizer": ([*READY, "{tmp}/other"], ["error: {tmp}/other was ingested with another tokenizer"]),
     "missing tokenizer": (
         [*PRETRAIN, "--data.dataset", "{tmp}/other", "--tokenizer", "{tmp}/nowhere"],
-        ["error: --tokenizer {tmp}/nowhere holds no qwen.tiktoken"],
+        ["error: {tmp}/nowhere holds no qwen.tiktoken"],
     ),
     "fine-tuning of nothing": (
         ["jobs/finetune.py", "--recipe", "sft-lora", "--data.dataset", "{tmp}/other"],
@@ -39,6 +40,14 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         [*READY, "{tmp}/other", "--model.lora.r", "4"],
         ["error: --model.lora.r is 4: jobs/finetune.py trains adapters"],
     ),
+    "a strategy with another's setting": (
+        [*READY, "{tmp}/other", "--parallel.strategy", "zero2", "--parallel.shard", "2"],
+        ["error: --parallel.shard is fsdp2's, zero2 has none: drop one of the two"],
+    ),
+    "a context shorter than a picture": (
+        [*READY, "{tmp}/other", "--data.pack-length", "9"],
+        ["error: --data.pack-length is 9, but one picture alone takes 9 positions"],
+    ),
     "evaluation of a missing artifact": (
         ["jobs/evaluate.py", "--artifact", "{tmp}/nowhere", "--dataset", "{tmp}/other"],
         ["error: {tmp}/nowhere: is no folder"],
@@ -46,6 +55,10 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
     "export of a missing run": (
         ["jobs/export.py", "--run", "{tmp}/nowhere", "--to", "{tmp}/artifact"],
         ["error: {tmp}/nowhere has no committed checkpoint"],
+    ),
+    "release by a missing config": (
+        ["jobs/release.py", "roll-back", "--service.config", "{tmp}/nowhere.yaml"],
+        ["error: --service.config {tmp}/nowhere.yaml cannot be read"],
     ),
     "ingest into a missing bucket": (
         ["jobs/ingest.py", "digits", "--tokenizer", "{tokenizer}", "--dataset", "s3://nowhere/data"],

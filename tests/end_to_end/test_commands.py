@@ -10,32 +10,27 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import ray
 from PIL import Image
 
-from mqwen.data.manifest import read_manifest
 from mqwen.demo.serving import served
 from mqwen.demo.stages import Stages
+from mqwen.release.client import Chat, Server, ask
 from mqwen.storage import locate
 from mqwen.telemetry import reading, training
-from mqwen.train.checkpoint import committed
+from mqwen.train.checkpoint import committed, read_commit
 from mqwen.train.provenance import last_start
-from mqwen.train.report import read_metrics
+from mqwen.train.records import read_evaluations, read_metrics
 from tests.end_to_end.commands import ROOT, SMALL, read_until
-from tests.end_to_end.nodes import Cluster, cluster
+from tests.end_to_end.nodes import Cluster, cluster, free_port
+from tests.end_to_end.place import COLOURS, EVERY, PICTURES, QUESTION, STEPS, Place, losses, make_place
 from tests.scraping import Scrape, declared, discovered, scrape_until, scraped_meanwhile
-
-PICTURES = 120
-STEPS = 40
-EVERY = 5  # steps between checkpoints
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
-QUESTION = "Which colour is it?"
 
 
 @pytest.fixture(scope="module")
@@ -44,51 +39,9 @@ def nodes(moto: str) -> Iterator[Cluster]:
         yield found
 
 
-def draw(folder: Path, count: int) -> Path:
-    """LLaVA's conversations about pictures of one colour each."""
-    records = []
-    (folder / "pictures").mkdir()
-    for number in range(count):
-        name = list(COLOURS)[number % 3]
-        shade = tuple(channel + number % 7 for channel in COLOURS[name])
-        Image.new("RGB", (48, 48), shade).save(folder / "pictures" / f"{number}.png")
-        turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": name}]
-        records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-    (folder / "conversations.json").write_text(json.dumps(records))
-    return folder
-
-
-@dataclass
-class Place:
-    cluster: Cluster
-    tokenizer: Path
-    dataset: str
-    runs: str
-
-    def options(self, name: str, *more: object) -> list[str]:
-        places = ["--data.dataset", self.dataset, "--runs", self.runs, "--name", name, "--tokenizer", self.tokenizer]
-        sizes = ["--parallel.workers", 2, "--steps", STEPS, "--checkpoint.every", EVERY, "--log-every", 1]
-        return ["jobs/pretrain.py", *SMALL, *map(str, [*places, *sizes, *more])]
-
-
 @pytest.fixture(scope="module")
 def place(nodes: Cluster, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = draw(tmp_path_factory.mktemp("cluster"), PICTURES)
-    dataset = f"{nodes.bucket}/data"
-    words = ["--conversations", folder / "conversations.json", "--pictures", folder / "pictures"]
-    words += ["--dataset", dataset, "--tokenizer", tokenizer, "--settings.shard-samples", 50]
-    output = nodes.shell.done("jobs/ingest.py", "llava", *words)
-    assert f"{dataset}: {PICTURES} samples" in output.splitlines()[-1]
-    assert read_manifest(locate(dataset)).samples == PICTURES
-    return Place(nodes, tokenizer, dataset, f"{nodes.bucket}/runs")
-
-
-def losses(output: str) -> dict[int, str]:
-    """The loss of each step, as printed; a step printed twice must have the same one."""
-    found: dict[int, str] = {}
-    for step, loss in re.findall(rf"step (\d+)/{STEPS} +loss (\S+)", output):
-        assert found.setdefault(int(step), loss) == loss
-    return found
+    return make_place(nodes, tokenizer, tmp_path_factory.mktemp("cluster"))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +59,8 @@ def scraped() -> list[Scrape]:
 def submitted(place: Place, scraped: list[Scrape], started: float) -> str:
     """What `ray job submit` prints of an undisturbed run."""
     with scraped_meanwhile(discovered(place.cluster.shell.ray_folder)) as found:
-        job = place.cluster.submit("python", *place.options("first"))
+        more = ["--evaluation.dataset", place.dataset, "--evaluation.every", 2 * EVERY, "--profile", 3]
+        job = place.cluster.submit("python", *place.options("first", *more))
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout
     scraped += found
@@ -122,7 +76,16 @@ def test_a_submitted_run_prints_each_step_and_learns(submitted: str, place: Plac
     assert [f"{record['loss']:.6f}" for record in records] == list(found.values())
     assert f"run {run}: {STEPS} steps in " in submitted
     assert ((run / "loss.png").size() or 0) > 1000
-    assert [one.name for one in committed(run)] == [f"step-{step:08d}" for step in (STEPS - 10, STEPS - 5, STEPS)]
+    saved = [read_commit(one).progress.step for one in committed(run)]
+    assert 1 <= len(saved) <= 3
+    assert saved[-1] == STEPS
+    assert not [step for step in saved if step % EVERY]
+    assert b"held-out loss, last" in (run / "report.html").read_bytes()
+    held_out = {str(one["step"]): f"{one['loss']:.6f}" for one in read_evaluations(run)}
+    assert list(held_out) == [str(step) for step in range(2 * EVERY, STEPS + 1, 2 * EVERY)]
+    assert held_out == dict(re.findall(r"step (\d+): held-out loss (\S+)", submitted))
+    assert (run / "profile").names() == ["step-00000003.memory.txt", "step-00000003.trace.json.gz"]
+    assert (run / "tensorboard").names()[0] == "events.out.tfevents.step-00000001"
     start = last_start(run)
     assert start is not None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -144,13 +107,15 @@ def test_the_metrics_are_those_of_the_runs_file(
     def seen(name: str) -> set[float]:
         return {value for one in scraped for value in one.values(f"ray_mqwen_train_{name}", run="first")}
 
-    for field in ("step", "loss", "learning_rate", "gradient_norm"):
+    for field in ("step", "loss", "learning_rate", "gradient_norm", "mfu", "goodput"):
         assert seen(field)
         assert seen(field) <= {record[field] for record in records}
     for field in ("positions", "tokens", "images"):  # what came out is the sum up to some step
         assert seen(f"{field}_total")
         assert seen(f"{field}_total") <= set(accumulate(record[field] for record in records))
     assert max(seen("step_seconds_count")) in range(1, STEPS + 1)
+    assert seen("memory_bytes") <= {record["memory"] for record in records}
+    assert seen("held_out_loss") <= {one["loss"] for one in read_evaluations(locate(place.runs) / "first")}
     assert 0 < max(seen("data_wait_seconds_total")) <= sum(record["data_wait"] for record in records)
     assert all(started < moment < time.time() for moment in seen("last_checkpoint_timestamp_seconds"))
     assert max(seen("checkpoint_seconds_count")) in range(1, STEPS // EVERY + 1)
@@ -176,11 +141,28 @@ def test_another_seed_prints_other_losses(submitted: str, place: Place) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_deepspeed_prints_the_same_losses(submitted: str, place: Place, strategy: str) -> None:
+    found = losses(place.cluster.shell.done(*place.options(strategy, "--parallel.strategy", strategy)))
+    expected = [float(loss) for loss in losses(submitted).values()]
+    assert [float(loss) for loss in found.values()] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_recipe_for_gpus_is_refused_where_there_are_none(place: Place) -> None:
+    more = ["--parallel.gpus-per-worker", 1, "--parallel.wait-for-resources", 0, "--model.precision", "bfloat16"]
+    code, output = place.cluster.shell.run(*place.options("gpus", *more))
+    assert code == 2
+    assert "error: 2 workers with 1 CPU, 1 GPU each were asked for; the cluster has " in output
+    assert "a small model can be trained without, with --parallel.gpus-per-worker 0" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.soak
 def test_a_killed_run_goes_on_with_the_same_losses(submitted: str, place: Place) -> None:
     """SIGKILL of the whole job, then of one of the two workers that go on in its place."""
     expected, shell = losses(submitted), place.cluster.shell
     with shell.start(*place.options("killed")) as process:
-        before = read_until(process, rf"step {2 * EVERY}: checkpoint")
+        before = read_until(process, r"step (1|2)\d: checkpoint")
         os.killpg(process.pid, signal.SIGKILL)
     assert set(range(1, 2 * EVERY + 1)) <= losses(before).keys() < expected.keys()
     assert losses(before).items() <= expected.items()
@@ -229,7 +211,8 @@ def test_status_lists_the_runs(submitted: str, place: Place) -> None:
     words = ["--runs", place.runs, "--address", place.cluster.dashboard]
     output = place.cluster.shell.done("jobs/status.py", *words)
     (line,) = [line for line in output.splitlines() if "first" in line]
-    for word in ("finished", f"{STEPS}/{STEPS}", f"{STEPS - 10}, {STEPS - 5}, {STEPS}"):
+    saved = [read_commit(one).progress.step for one in committed(locate(place.runs) / "first")]
+    for word in ("finished", f"{STEPS}/{STEPS}", ", ".join(map(str, saved))):
         assert word in line
 
 
@@ -241,6 +224,7 @@ def artifact(submitted: str, place: Place) -> str:
     return artifact
 
 
+@pytest.mark.soak
 def test_the_exported_run_answers_right(artifact: str, place: Place, tmp_path: Path) -> None:
     stages = Stages(ROOT / "jobs", place.cluster.shell.environment())
     with served(stages, locate(artifact), tmp_path) as server:
@@ -283,3 +267,32 @@ def test_an_artifact_is_fine_tuned_and_evaluated(artifact: str, submitted: str, 
     assert scores["exact_match"] == 1.0
     answers = [json.loads(line) for line in (tmp_path / "evaluation" / "answers.jsonl").read_text().splitlines()]
     assert all(one["answer"] == one["expected"] for one in answers)
+
+
+def test_a_submitted_release_brings_its_code_along(submitted: str, place: Place, tmp_path: Path) -> None:
+    """Also where the nodes of the replicas have none: what Serve is told to run is the job's upload."""
+    port, dashboard = free_port(), place.cluster.dashboard
+    application = {"name": "colours", "import_path": "serve.app:build"}
+    config = {"http_options": {"port": port}, "proxy_location": "HeadOnly"}
+    config |= {"applications": [application | {"args": {"name": "colours", "auth": "off", "cpus": 0.5}}]}
+    (tmp_path / "serve.yaml").write_text(json.dumps(config))
+    words = ["--run", f"{place.runs}/first", "--to", f"{place.cluster.bucket}/releases", "--heldout", place.dataset]
+    words += ["--bar.exact-match", "1", "--canary.max-tokens", "8", "--canary.questions", "12"]
+    words += ["--service.config", str(tmp_path / "serve.yaml"), "--service.address", dashboard]
+    job = place.cluster.submit("python", "jobs/release.py", "ship", *words)
+    assert job.returncode == 0, job.stdout + job.stderr
+    name = f"colours-first-step-{STEPS:08d}"
+    assert f"live: {name}" in job.stdout
+    serving = {"url": f"{dashboard}/api/serve/applications/", "timeout": 60}
+    serving |= {"headers": {"Authorization": f"Bearer {place.cluster.shell.variables['RAY_AUTH_TOKEN']}"}}
+    deployed = httpx.get(**serving).json()["applications"][name]["deployed_app_config"]
+    assert deployed["runtime_env"]["working_dir"].startswith("gcs://")
+    assert deployed["args"]["checkpoint"] == f"{place.cluster.bucket}/releases/{name}/artifact"
+    for shade, colour in COLOURS.items():
+        picture = io.BytesIO()
+        Image.new("RGB", (48, 48), colour).save(picture, "PNG")
+        question = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        server = Server(f"http://127.0.0.1:{port}", "", "colours")
+        (reply,) = ask(server, [Chat([{"role": "user", "content": question}], [picture.getvalue()])], 8)
+        assert reply.text == shade
+    assert httpx.delete(**serving).is_success

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: the demo ends, and with it the cluster, the workers and the commands that it started."""
 
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,15 @@ from tests.end_to_end.commands import read_until, shell
 
 LIMIT = 60  # seconds in which the command must have ended
 GRACE = 10  # and after it what it started
+
+
+def listening(processes: list[psutil.Process]) -> set[str]:
+    """The addresses on which these can be reached."""
+    addresses = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            addresses |= {one.laddr.ip for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    return addresses
 
 
 @pytest.mark.parametrize(
@@ -24,6 +34,7 @@ def test_an_interrupted_demo_leaves_no_process(tmp_path: Path, number: int, mome
         with found.start("jobs/demo.py", "--out", tmp_path / "demo", "--pictures", 600, "--steps", 2000) as process:
             output = read_until(process, moment)
             assert len(found.processes()) > 5  # cluster and workers are there
+            assert listening(found.processes()) == {"127.0.0.1"}
             process.send_signal(number)
             rest, _ = process.communicate(timeout=LIMIT)
         assert process.returncode == code, output + rest

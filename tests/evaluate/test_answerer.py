@@ -44,7 +44,7 @@ def make(processor: MQWenProcessor, tmp_path_factory: pytest.TempPathFactory) ->
 def evaluate(artifact: Path, dataset: Location, generation: Generation = GENERATION) -> list[Answer]:
     """One actor that is asked everything at once."""
     evaluation = Evaluation.prepare(locate(artifact), dataset, generation, Actors())
-    return Answerer(locate(artifact), dataset, generation, gpu=False).answer(evaluation.places)
+    return Answerer(locate(artifact), evaluation.dataset, generation, gpu=False).answer(evaluation.places)
 
 
 def test_answers_are_the_models_own_and_losses_those_of_all_logits(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor
+import mqwen.model.auto  # noqa: F401 (it registers)
+from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
 from mqwen.model.artifact import check_artifact
 from mqwen.model.errors import ArtifactError, ArtifactVersionError, CheckpointError
 from tests.model.small import small_model
@@ -41,8 +43,10 @@ def test_whole_artifacts_pass_and_load(saved: Path) -> None:
     assert len(list((saved / "sharded").glob("*.safetensors"))) > 2
     for folder in (saved / "whole", saved / "sharded"):
         assert check_artifact(folder).to_dict() == MQWenConfig.from_pretrained(folder).to_dict()
-        loaded = MQWenLMHeadModel.from_pretrained(folder)
-        assert all(a.equal(b) for a, b in zip(loaded.parameters(), small_model().parameters(), strict=True))
+        for options in ({}, {"device_map": "auto"}, {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}):
+            loaded = MQWenLMHeadModel.from_pretrained(folder, **options)
+            pairs = zip(loaded.parameters(), small_model().parameters(), strict=True)
+            assert all(a.equal(b.to(options.get("dtype", torch.float32))) for a, b in pairs)
 
 
 def read(file: Path) -> dict[str, torch.Tensor]:
@@ -181,14 +185,24 @@ def test_shards_that_do_not_fit_their_index_are_refused(saved: Path, tmp_path: P
         assert refused(folder).file == str(folder / index)
 
 
-def test_an_artifact_of_the_first_version_opens_and_computes_what_it_did() -> None:
+@pytest.mark.parametrize("automatic", [False, True])
+def test_an_artifact_of_the_first_version_opens_and_computes_what_it_did(automatic: bool) -> None:
+    """By its own classes, and by transformers' Auto classes."""
     recorded = json.loads((FIRST_VERSION / "recorded.json").read_text())
     assert check_artifact(FIRST_VERSION).format_version == 1
-    processor = MQWenProcessor.from_pretrained(FIRST_VERSION)
+    processor = (AutoProcessor if automatic else MQWenProcessor).from_pretrained(FIRST_VERSION)
+    assert type(processor) is MQWenProcessor
     assert processor.tokenizer.fingerprint == recorded["fingerprint"]
     picture = (FIRST_VERSION.parent / "chessboard_RGB.png").read_bytes()
     inputs = processor(messages=recorded["messages"], images=[picture], return_tensors="pt")
     assert inputs["input_ids"][0].tolist() == recorded["input_ids"]
+    model = (AutoModelForCausalLM if automatic else MQWenLMHeadModel).from_pretrained(FIRST_VERSION)
+    assert type(model) is MQWenLMHeadModel
     with torch.no_grad():
-        logits = MQWenLMHeadModel.from_pretrained(FIRST_VERSION)(**inputs).logits[0, -1]
+        logits = model(**inputs).logits[0, -1]
     torch.testing.assert_close(logits, torch.tensor(recorded["last_logits"]), rtol=0, atol=5e-5)
+    if automatic:
+        tokenizer = AutoTokenizer.from_pretrained(FIRST_VERSION)
+        assert (type(tokenizer), tokenizer.fingerprint) == (MQWenTokenizer, recorded["fingerprint"])
+        expected = MQWenConfig.from_pretrained(FIRST_VERSION)
+        assert AutoConfig.from_pretrained(FIRST_VERSION).to_dict() == expected.to_dict()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from mqwen.model import MQWenCache, MQWenLMHeadModel
+from mqwen.model import MQWenCache, MQWenConfig, MQWenLMHeadModel
 from mqwen.model.errors import CacheError, GenerationError, LengthError
 from mqwen.model.generation import StopWordsLogitsProcessor
 from tests.model.golden import IMAGE_TOKEN, tiny_model, whole
@@ -192,6 +192,22 @@ def test_crop_takes_places_back() -> None:
     cache.crop(-2)
     assert cache.lengths.tolist() == [3, 2] and cache.get_seq_length() == 3
     assert torch.equal(model(torch.tensor([[6], [7]]), past_key_values=cache).logits, once)
+
+
+@torch.no_grad()
+def test_no_length_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """transformers warns past max_position_embeddings; what comes is what steps on the cache give."""
+    model = MQWenLMHeadModel(MQWenConfig(**small_model().config.to_dict() | {"max_position_embeddings": SEQ_LENGTH}))
+    model.load_state_dict(small_model().state_dict())
+    ids = torch.randint(1, 60, (1, SEQ_LENGTH - 2), generator=torch.Generator().manual_seed(3))  # 0 is padding
+    output = model.eval()(ids, use_cache=True)
+    expected = []
+    for _ in range(8):
+        expected.append(output.logits[0, -1].argmax().item())
+        output = model(torch.tensor([expected[-1:]]), past_key_values=output.past_key_values)
+    found = model.generate(ids, max_new_tokens=8, **NO_END)
+    assert found[0, SEQ_LENGTH - 2 :].tolist() == expected
+    assert f"predefined maximum length ({SEQ_LENGTH})" in caplog.text
 
 
 def test_what_generate_cannot_do_is_refused(model: MQWenLMHeadModel) -> None:

@@ -14,7 +14,7 @@ import tiktoken
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
 
-from mqwen.model.errors import ConversationError, VocabularyError
+from mqwen.model.errors import CheckpointError, ConversationError, VocabularyError
 from mqwen.model.tokenizer import MQWenTokenizer
 from mqwen.model.vocabulary import train_vocabulary
 from tests.model import real_vocabulary
@@ -109,12 +109,13 @@ def characters() -> tuple[list[str], set[str]]:
     return [c for c in assigned if c not in newer], newer
 
 
-def test_100_000_random_strings_have_the_same_ids_in_three_tokenizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.soak)])
+def test_random_strings_have_the_same_ids_in_three_tokenizers(count: int, tmp_path: Path) -> None:
     tokenizer, plain = real_vocabulary.tokenizer(), plain_tiktoken()
     tokenizer.save_fast(tmp_path)
     fast = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     known, _ = characters()
-    strings = random_strings(100_000, 0, known)
+    strings = random_strings(count, count, known)
     differences = 0
     for text, encoded in zip(strings, fast.encode_batch(strings), strict=True):
         normal = unicodedata.normalize("NFC", text)
@@ -281,6 +282,12 @@ def test_a_bad_vocabulary_file_is_refused(content: bytes, message: str, tmp_path
     (tmp_path / "qwen.tiktoken").write_bytes(content)
     with pytest.raises(VocabularyError, match=message):
         MQWenTokenizer(tmp_path / "qwen.tiktoken")
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen-7B", "nowhere"])
+def test_nothing_is_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^{name} holds no qwen.tiktoken; give a local folder"):
+        MQWenTokenizer.from_pretrained(name)
 
 
 def test_a_vocabulary_cannot_be_smaller_than_the_bytes(tmp_path: Path) -> None:

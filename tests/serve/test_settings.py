@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from mqwen.storage import Location
 from serve.app import build
@@ -34,6 +37,7 @@ def test_defaults(artifact: Path) -> None:
         ({"zzz": "3"}, "Unknown option zzz=3; allowed are checkpoint, name, auth"),
         ({"max_replicas": "many"}, "Option max_replicas=many: .*integer"),
         ({"min_replicas": "3", "max_replicas": "2"}, "max_replicas=2 is below min_replicas=3"),
+        ({"initial_replicas": "2"}, "initial_replicas=2 is not within min_replicas and max_replicas"),
         ({"auth": "no"}, "Option auth=no: .*'on' or 'off'"),
         ({"cpus": "-1"}, "Option cpus=-1: .*greater than or equal to 0"),
         ({"checkpoint": "/nowhere"}, "checkpoint=/nowhere cannot be served: .*is no folder"),
@@ -110,3 +114,15 @@ def test_another_models_vocabulary_is_refused(artifact: Path, tmp_path: Path) ->
     (folder / "qwen.tiktoken").write_bytes(b"".join(lines[:-20]))
     with pytest.raises(SettingsError, match=r"cannot be served: image_token_id is \d+ in the model and \d+ in the"):
         Settings.from_arguments({"checkpoint": str(folder), "auth": "off"})
+
+
+def test_the_sample_config_has_options_that_exist_with_their_defaults() -> None:
+    text = (Path(__file__).parents[2] / "serve" / "config.yaml").read_text()
+    ServeDeploySchema.model_validate(yaml.safe_load(text))
+    with_optional = re.sub(r"^( +)# (\w+: )", r"\1\2", text, flags=re.MULTILINE)
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(with_optional)).applications
+    assert (application.name, application.import_path, application.route_prefix) == ("mine", "serve.app:build", "/")
+    assert application.args.keys() <= Settings.model_fields.keys()
+    assert len(application.args) > 4
+    for option in ("max_replicas", "cpus", "gpus"):
+        assert application.args[option] == Settings.model_fields[option].default

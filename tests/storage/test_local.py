@@ -53,7 +53,10 @@ def test_what_is_not_wanted_is_not_fetched(artifact: Location) -> None:
     assert len(content(local_folder(artifact))) == 2
 
 
-def test_nothing_there(bucket: Location) -> None:
+def test_nothing_there(artifact: Location, bucket: Location, tmp_path: Path) -> None:
+    for place in (artifact, locate(tmp_path)):
+        with pytest.raises(StorageError, match=f"^{place} holds no other; give a folder with that file$"):
+            local_folder(place, needs="other")
     with pytest.raises(StorageError, match=f"^{bucket}/nothing holds no files$"):
         local_folder(bucket / "nothing")
 

@@ -21,12 +21,12 @@ LIMIT = 120  # seconds that ranks may wait for one another, or a test for them
 
 
 class Ranks:
-    """Three processes, started when first wanted; any number of them makes a process group for one function."""
+    """Four processes, started when first wanted; any number of them makes a process group for one function."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._groups = folder, 0
         spawn = get_context("spawn")
-        self._processes = [ProcessPoolExecutor(1, spawn) for _ in range(3)]
+        self._processes = [ProcessPoolExecutor(1, spawn) for _ in range(4)]
 
     def run(self, workers: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `work(rank, workers, *arguments)` returns on each rank. Raises what a rank raises."""
@@ -43,13 +43,36 @@ class Ranks:
 
 
 def in_group(rank: int, workers: int, meeting: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    torch.set_num_threads(1)
-    limit = timedelta(seconds=LIMIT)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers, timeout=limit)
+    join_group(rank, workers, meeting)
     try:
         return work(rank, workers, *arguments)
     finally:
         dist.destroy_process_group()
+
+
+def join_group(rank: int, workers: int, meeting: Path) -> None:
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=LIMIT)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers, timeout=limit)
+
+
+class Pair:
+    """Two processes in one process group for all they do: DeepSpeed keeps the first one it meets."""
+
+    def __init__(self, folder: Path) -> None:
+        spawn = get_context("spawn")
+        self._processes = [
+            ProcessPoolExecutor(1, spawn, join_group, (rank, 2, folder / "meeting")) for rank in range(2)
+        ]
+
+    def run(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `work(rank, 2, *arguments)` returns on each rank. Raises what a rank raises."""
+        waiting = [process.submit(work, rank, 2, *arguments) for rank, process in enumerate(self._processes)]
+        return [one.result(LIMIT) for one in waiting]
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="package")
@@ -57,6 +80,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks = Ranks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.end()
+
+
+@pytest.fixture(scope="package")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    yield pair
+    pair.end()
 
 
 @pytest.fixture(scope="package")

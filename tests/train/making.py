@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 
+from mqwen import training
 from mqwen.data.batch import Batch, unpack
-from mqwen.data.manifest import read_manifest
-from mqwen.data.order import Order, OrderSettings, Position
+from mqwen.data.dataset import open_dataset
+from mqwen.data.heldout import HeldOut
+from mqwen.data.order import Order, Position
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
 from mqwen.model import MQWenLMHeadModel
 from mqwen.storage import locate
-from mqwen.train import checkpoint
-from mqwen.train.build import build_model, starting_point
-from mqwen.train.loop import Progress, StepRecord, train
+from mqwen.train.build import build_model, outline, starting_point
+from mqwen.train.cost import Cost, cost_of
+from mqwen.train.loop import Data, Evaluation, Progress, StepRecord, Watch, train
+from mqwen.train.saver import Saver
 from mqwen.train.settings import (
     CheckpointSettings,
     DataSettings,
@@ -25,7 +28,8 @@ from mqwen.train.settings import (
     OptimizerSettings,
     RunSettings,
 )
-from mqwen.train.strategy import STRATEGIES, Strategy
+from mqwen.train.strategy import Strategy, make_strategy
+from mqwen.train.worker import HeldOutRows
 
 SIDE = 16  # pixels of a picture's side
 CONFIG: dict[str, Any] = {
@@ -64,28 +68,28 @@ def tiny_settings(tokenizer: Path, dataset: Path, runs: Path) -> RunSettings:
 
 
 def order_of(settings: RunSettings) -> Order:
-    data, (config, _) = settings.data, starting_point(settings)
-    return Order(
-        read_manifest(locate(data.dataset)),
-        OrderSettings(
-            settings.seed,
-            data.pack_length,
-            data.packs_per_row,
-            config.image_positions,
-            data.run_samples,
-            data.window_runs,
-        ),
-    )
+    return training.order_of(settings, starting_point(settings)[0].image_positions)
 
 
 def rows_from(settings: RunSettings, progress: Progress) -> Iterator[Batch]:
     """The rows of the order behind a progress, without end."""
     order, processor = order_of(settings), starting_point(settings)[1]
     start = Position.after(progress.place) if progress.place else Position()
-    reader = WindowReader(locate(settings.data.dataset), order, processor, start)
+    reader = WindowReader(order, processor, start)
     for window in itertools.count():
         for table in reader.rows(window):
             yield unpack(table, settings.data.packs_per_row, SIDE)
+
+
+def held_out_rows(settings: RunSettings) -> HeldOut:
+    """Six windows of eight samples or fewer."""
+    small = replace(order_of(settings).settings, run_samples=8, window_runs=1)
+    dataset = open_dataset(locate(settings.evaluation.dataset))
+    return HeldOut(Order([dataset], small), starting_point(settings)[1])
+
+
+def row_cost(settings: RunSettings) -> Cost:
+    return cost_of(outline(settings, starting_point(settings)[0]))
 
 
 def blank_row(settings: RunSettings) -> Batch:
@@ -100,8 +104,7 @@ def fresh_model(settings: RunSettings) -> MQWenLMHeadModel:
 def fresh_strategy(settings: RunSettings) -> Strategy:
     """A model of the seed's weights, sharded over the ranks, as each worker makes it."""
     model = fresh_model(settings)
-    shard = STRATEGIES[settings.parallel.strategy]
-    return shard(model, list(model.transformer.h), settings.parallel, settings.optimizer)
+    return make_strategy(model, list(model.transformer.h), settings)
 
 
 def train_ranks(
@@ -112,24 +115,29 @@ def train_ranks(
     workers: int,
     on_checkpoint: Callable[[Progress], None],
     end: int | None = None,
+    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> tuple[list[StepRecord], Progress]:
     """Trains this rank on its share of the rows behind `progress`, of which there are `end`."""
     records: list[StepRecord] = []
     rows = itertools.islice(rows_from(settings, progress), rank, end, workers)
-    last = train(settings, strategy, rows, blank_row(settings), progress, records.append, on_checkpoint)
+    held_out = HeldOutRows(held_out_rows(settings).share, rank, workers) if settings.evaluation.dataset else ()
+    data = Data(rows, blank_row(settings), held_out, row_cost(settings).of)
+    last = train(settings, strategy, data, progress, Watch(records.append, on_checkpoint, on_evaluation))
     return records, last
 
 
 def train_and_keep(rank: int, workers: int, settings: RunSettings) -> dict[int, dict[str, torch.Tensor]]:
     """The whole weights at each checkpoint, by step."""
     strategy, kept = fresh_strategy(settings), dict[int, dict[str, torch.Tensor]]()
+    saver = Saver(locate(settings.runs) / settings.name, settings)
 
     def save(progress: Progress) -> None:
-        checkpoint.save(locate(settings.runs) / settings.name, strategy.state(), progress, settings)
+        saver.save(strategy.state(), progress)
         weights = strategy.model.state_dict().items()
         kept[progress.step] = {name: tensor.full_tensor().clone() for name, tensor in weights}  # type: ignore[operator]
 
     train_ranks(settings, strategy, Progress(), rank, workers, save)
+    saver.wait()
     return kept
 
 

@@ -3,8 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from mqwen.storage import Location, StorageError, locate
+from mqwen.storage import Location, locate
 from mqwen.train import checkpoint
 from mqwen.train.checkpoint import COMMIT, CheckpointError
 from mqwen.train.loop import Progress
+from mqwen.train.saver import Saver
 from mqwen.train.settings import CheckpointSettings, RunSettings
 from mqwen.train.strategy import Strategy
 from tests.train.conftest import Ranks
-from tests.train.making import fresh_strategy, other_seed, tiny_settings, train_ranks
+from tests.train.making import fresh_model, fresh_strategy, other_seed, tiny_settings, train_ranks
 
 
 def run_of(settings: RunSettings) -> Location:
@@ -46,9 +48,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def load_latest(settings: RunSettings, strategy: Strategy) -> Progress:
     state = strategy.state()
-    newest = checkpoint.latest(run_of(settings))
-    assert newest is not None
-    progress = checkpoint.load(newest, state).progress
+    progress = checkpoint.resume(run_of(settings), state)
     strategy.load_state(state)
     return progress
 
@@ -62,16 +62,18 @@ def train_and_save(
 ) -> tuple[list[float], Progress, dict[str, Any]]:
     """Trains to a checkpoint's step; gives losses, progress and the whole state at that moment."""
     strategy, records, place = fresh_strategy(settings), [], Progress()
+    saver = Saver(run_of(settings), settings)
 
     def save(progress: Progress) -> None:
         nonlocal place
-        checkpoint.save(run_of(settings), strategy.state(), progress, settings)
+        saver.save(strategy.state(), progress)
         place = progress
         if progress.step == stop_after:
             raise StoppedError
 
     with suppress(StoppedError):
         records, _ = train_ranks(settings, strategy, Progress(), rank, workers, save)
+    saver.wait()
     return [record.loss for record in records], place, flat(strategy.state())
 
 
@@ -122,10 +124,13 @@ def run(written: Path, tmp_path: Path) -> Location:
     return locate(shutil.copytree(written, tmp_path / "run"))
 
 
+@pytest.fixture(scope="module")
+def weights(tokenizer: Path, dataset: Path) -> dict[str, torch.Tensor]:
+    return fresh_model(tiny_settings(tokenizer, dataset, Path())).state_dict()
+
+
 def newest(run: Location) -> Path:
-    found = checkpoint.latest(run)
-    assert found is not None
-    return Path(found.path)
+    return Path(checkpoint.committed(run)[-1].path)
 
 
 def test_a_folder_without_commit_is_never_chosen(run: Location) -> None:
@@ -141,7 +146,7 @@ def test_a_folder_without_commit_is_never_chosen(run: Location) -> None:
 
 
 def test_a_run_that_has_none(tmp_path: Path) -> None:
-    assert checkpoint.latest(locate(tmp_path / "nowhere")) is None
+    assert checkpoint.committed(locate(tmp_path / "nowhere")) == []
     assert checkpoint.progress(locate(tmp_path / "nowhere")) == Progress()
 
 
@@ -173,37 +178,42 @@ def flip(file: Path) -> None:
         (COMMIT, lambda file: file.write_bytes(b""), "is damaged"),
         (COMMIT, lambda file: file.write_bytes(b"[1]"), "is damaged"),
         (COMMIT, lambda file: file.write_bytes(b"\xff\xfe"), "is damaged"),
-        (COMMIT, lambda file: file.write_text('{"format_version": 1, "step": 4}'), "is damaged"),
+        (COMMIT, lambda file: file.write_text('{"format_version": 2, "files": {}}'), "is damaged"),
     ],
 )
-def test_a_damaged_file_is_named(run: Location, name: str, damage: Callable[[Path], object], message: str) -> None:
+def test_a_damaged_file_is_named(
+    run: Location, weights: dict[str, torch.Tensor], name: str, damage: Callable[[Path], object], message: str
+) -> None:
     folder = newest(run)
     file = part(folder) if name == "part" else folder / name
     damage(file)
     with pytest.raises(CheckpointError) as raised:
-        checkpoint.load(locate(folder), {})
+        checkpoint.load(locate(folder), {"model": weights})
     assert message in str(raised.value)
     assert str(folder if name == COMMIT and not file.exists() else file) in str(raised.value)
 
 
 def test_a_newer_format_is_refused(run: Location) -> None:
     file = newest(run) / COMMIT
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2, "something": "new"}))
-    with pytest.raises(CheckpointError, match=r"step-00000004 has format version 2, this code reads 1"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 3, "something": "new"}))
+    with pytest.raises(CheckpointError, match=r"step-00000004 has format version 3, this code reads 2"):
         checkpoint.load(locate(newest(run)), {})
 
 
-def save_each_step(rank: int, workers: int, settings: RunSettings, steps: list[int], stubborn: bool) -> str:
+def save_each_step(
+    rank: int, workers: int, settings: RunSettings, losses: dict[int, float], stubborn: bool = False
+) -> str:
+    """What it prints."""
     filesystem = (
         pafs.PyFileSystem(pafs.FSSpecHandler(Stubborn(auto_mkdir=True))) if stubborn else pafs.LocalFileSystem()
     )
     run, strategy = Location(filesystem, run_of(settings).path, settings.name), fresh_strategy(settings)
-    try:
-        for step in steps:
-            checkpoint.save(run, strategy.state(), Progress(step, (0, 0, step)), settings)
-    except StorageError as error:
-        return str(error)
-    return ""
+    saver = Saver(run, settings)
+    with redirect_stdout(StringIO()) as printed:
+        for step, loss in losses.items():
+            saver.save(strategy.state(), Progress(step, (0, 0, step)), loss)
+        saver.wait()
+    return printed.getvalue()
 
 
 class Stubborn(fsspec.implementations.local.LocalFileSystem):
@@ -215,17 +225,64 @@ class Stubborn(fsspec.implementations.local.LocalFileSystem):
         super().rm(path)
 
 
-def test_the_oldest_are_removed(ranks: Ranks, settings: RunSettings) -> None:
-    settings = replace(settings, checkpoint=CheckpointSettings(keep=2))
-    ranks.run(1, save_each_step, settings, [1, 2, 3, 10], False)
-    folder = Path(checkpoint.folder(run_of(settings)).path)
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000010"]
+def kept(settings: RunSettings) -> list[str]:
+    """What lies in the folder of checkpoints, also what is no checkpoint."""
+    return checkpoint.folder(run_of(settings)).names()
+
+
+def test_the_oldest_are_removed_but_for_the_best(ranks: Ranks, settings: RunSettings) -> None:
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 10: 3.0, 11: 2.0}
+    ranks.run(1, save_each_step, replace(settings, checkpoint=CheckpointSettings(keep=2)), losses)
+    assert kept(settings) == ["step-00000010", "step-00000011"]
+    best = replace(settings, name="best", checkpoint=CheckpointSettings(keep=1, keep_best=2))
+    ranks.run(1, save_each_step, best, losses)
+    assert kept(best) == ["step-00000002", "step-00000011"]
+    ranks.run(1, save_each_step, best, {12: 9.0})
+    assert kept(best) == ["step-00000002", "step-00000011", "step-00000012"]
 
 
 def test_a_deletion_that_breaks_leaves_no_half_checkpoint(ranks: Ranks, settings: RunSettings) -> None:
     settings = replace(settings, checkpoint=CheckpointSettings(keep=1))
-    (problem,) = ranks.run(1, save_each_step, settings, [1, 2], True)
-    assert "step-00000001 cannot be deleted" in problem
+    (printed,) = ranks.run(1, save_each_step, settings, {1: 1.0, 2: 1.0}, True)
+    assert "warning: an old checkpoint stays:" in printed
     run = run_of(settings)
     assert (checkpoint.folder(run) / "step-00000001").names() != []
     assert [one.name for one in checkpoint.committed(run)] == ["step-00000002"]
+
+
+def resume_saying(rank: int, workers: int, settings: RunSettings) -> tuple[Progress, list[float], str]:
+    """Progress and losses as `resume` has them, and what is printed."""
+    with redirect_stdout(StringIO()) as printed:
+        _, progress, losses, _ = resume(rank, workers, settings)
+    return progress, losses, printed.getvalue()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(ranks: Ranks, settings: RunSettings, run: Location) -> None:
+    settings = replace(settings, runs=str(Path(run.path).parent), name=run.name)
+    losses, _, _ = ranks.run(1, train_and_save, replace(settings, name="undisturbed"), 0)[0]
+    flip(part(newest(run)))
+    found = ranks.run(2, resume_saying, settings)
+    for progress, rest, _ in found:
+        assert progress.step == 2
+        assert rest == pytest.approx(losses[2:], rel=1e-4)
+    (line,) = found[0][2].splitlines()
+    assert line.startswith(f"warning: {part(newest(run))} is damaged: its SHA-256 is not the one that was written")
+    assert line.endswith("trying the checkpoint before it")
+    assert found[1][2] == ""
+
+    (Path(checkpoint.folder(run).path) / "step-00000002" / COMMIT).write_text("{")
+    before = sorted(Path(run.path).rglob("*"))
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints of .* are damaged, nothing was deleted: restore one"):
+        ranks.run(2, resume, settings)
+    assert sorted(Path(run.path).rglob("*")) == before
+
+
+def test_a_step_is_written_again_over_a_half_or_damaged_one(ranks: Ranks, settings: RunSettings) -> None:
+    ranks.run(2, save_each_step, settings, {2: 1.0})
+    run = run_of(settings)
+    flip(part(newest(run)))
+    (newest(run) / "__7_0.distcp").write_bytes(b"of a larger group of workers")
+    ranks.run(1, save_each_step, settings, {2: 1.0})
+    assert checkpoint.read_commit(locate(newest(run))).files.keys() == set(locate(newest(run)).names()) - {COMMIT}
+    ((_, progress, _, _),) = ranks.run(1, resume, settings)
+    assert progress.step == 2

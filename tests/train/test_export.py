@@ -27,7 +27,8 @@ def settings(tokenizer: Path, dataset: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def trained(ranks: Ranks, settings: RunSettings) -> dict[int, dict[str, torch.Tensor]]:
-    open_run(settings, *starting_point(settings))
+    with open_run(settings, *starting_point(settings)):
+        pass
     return ranks.run(2, train_and_keep, settings)[0]
 
 

@@ -1,16 +1,23 @@
 """The loop: any number of workers computes what one process without sharding computes, step by step."""
 
 import itertools
+import json
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from mqwen.data.batch import Batch
-from mqwen.train.loop import Progress, StepRecord
-from mqwen.train.settings import RunSettings
+from mqwen.train.loop import Evaluation, Progress, StepRecord
+from mqwen.train.optimizer import rate_factor
+from mqwen.train.settings import EvaluationSettings, OptimizerSettings, RunSettings
 from tests.train.conftest import Ranks
-from tests.train.making import fresh_model, fresh_strategy, rows_from, train_ranks
+from tests.train.making import fresh_model, fresh_strategy, held_out_rows, rows_from, train_ranks
+
+GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 ROWS = 21  # four steps of five rows, and a fifth of one
 FACTORS = [0.5, 1.0, 1.0, 0.8535533906, 0.5]  # of six steps, the first two of which warm up
@@ -74,9 +81,10 @@ def test_any_number_of_workers_computes_the_plain_loop(ranks: Ranks, settings: R
             assert record.tokens == sum(int((row.inputs["labels"] != -100).sum()) for row in mine)
             assert record.images == sum(len(row.inputs["pixel_values"]) for row in mine)
             assert record.positions == sum(row.positions for row in mine)
-        places = [Progress(2, rows[9].place), Progress(4, rows[19].place), Progress(5, rows[20].place)]
-        assert saved == places
-        assert last == places[-1]
+        tokens, seconds = ([0, *accumulate(getattr(r, name) for r in records)] for name in ("tokens", "seconds"))
+        places = [(2, rows[9].place), (4, rows[19].place), (5, rows[20].place)]
+        assert saved == [Progress(step, place, tokens[step], seconds[step]) for step, place in places]
+        assert last == saved[-1]
 
 
 def continue_rank(rank: int, workers: int, settings: RunSettings, progress: Progress) -> tuple[int, int, Progress]:
@@ -102,3 +110,110 @@ def run_no_rows(rank: int, workers: int, settings: RunSettings, progress: Progre
     saved: list[Progress] = []
     train_ranks(settings, fresh_strategy(settings), progress, rank, workers, saved.append, end=0)
     return saved
+
+
+def run_many(rank: int, workers: int, settings: RunSettings) -> tuple[list[StepRecord], Progress]:
+    return train_ranks(settings, fresh_strategy(settings), Progress(), rank, workers, lambda progress: None)
+
+
+def fifty_steps(settings: RunSettings) -> RunSettings:
+    return replace(settings, steps=50, optimizer=replace(settings.optimizer, learning_rate=3e-3, warmup=0.1))
+
+
+def test_the_golden_losses(ranks: Ranks, settings: RunSettings) -> None:
+    """Whatever changes them changes what training computes. `python -m tests.train.golden_losses` writes new ones."""
+    ((records, _),) = ranks.run(1, run_many, fifty_steps(settings))
+    golden = json.loads(GOLDEN.read_text())
+    assert len(golden) == 50
+    assert golden[-1] < 0.3 * golden[0]
+    assert [record.loss for record in records] == pytest.approx(golden, rel=1e-5)
+
+
+def without_end(settings: RunSettings, **budget: float | None) -> RunSettings:
+    return replace(settings, **({"steps": None} | budget))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_budget_of_tokens(ranks: Ranks, settings: RunSettings, workers: int) -> None:
+    rows = list(itertools.islice(rows_from(settings, Progress()), 20))
+    sums = [sum(row.supervised for row in rows[: 5 * step]) for step in range(1, 5)]
+    budget = sums[2] - 1  # the third step goes beyond it
+    settings = without_end(settings, tokens=budget)
+    for records, last in ranks.run(workers, run_many, settings):
+        assert [record.step for record in records] == [1, 2, 3]
+        assert last.tokens == sums[2]
+        shares = [share / budget for share in (0, *sums)]
+        factors = [rate_factor(*pair, settings.optimizer) for pair in itertools.pairwise(shares[:4])]
+        assert [record.learning_rate for record in records] == pytest.approx([1e-2 * factor for factor in factors])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_budget_of_epochs(ranks: Ranks, settings: RunSettings, workers: int) -> None:
+    """Every row of two epochs, and none of the third; the last step is a short one."""
+    rows = list(itertools.takewhile(lambda row: row.place[0] < 2, rows_from(settings, Progress())))
+    settings = replace(without_end(settings, epochs=2), data=replace(settings.data, rows_per_step=4))
+    assert len(rows) % 4
+    for records, last in ranks.run(workers, run_many, settings):
+        assert sum(record.tokens for record in records) == sum(row.supervised for row in rows)
+        assert len(records) == len(rows) // 4 + 1
+        assert last.place == rows[-1].place
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_budget_of_time(ranks: Ranks, settings: RunSettings, workers: int) -> None:
+    """Every rank stops at the same step, though each has a clock of its own."""
+    found = ranks.run(workers, run_many, without_end(settings, minutes=1e-9))
+    assert [[record.step for record in records] for records, _ in found] == [[1]] * workers
+    assert found[0][1].seconds == pytest.approx(found[0][0][0].seconds)
+
+
+def evaluate_rank(
+    rank: int, workers: int, settings: RunSettings, progress: Progress
+) -> tuple[list[Evaluation], int, Progress, list[Progress]]:
+    found: list[Evaluation] = []
+    saved: list[Progress] = []
+    strategy = fresh_strategy(settings)
+    records, last = train_ranks(settings, strategy, progress, rank, workers, saved.append, on_evaluation=found.append)
+    assert strategy.model.training
+    return found, len(records), last, saved
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_the_held_out_loss_is_that_of_a_plain_loop(ranks: Ranks, settings: RunSettings, workers: int) -> None:
+    """Before anything is learned: at a rate of 0."""
+    settings = replace(
+        settings,
+        optimizer=OptimizerSettings(learning_rate=0.0),
+        evaluation=EvaluationSettings(settings.data.dataset, every=4),
+    )
+    rows = list(held_out_rows(settings).share(0, 1))
+    assert sum(len(row.keys) for row in rows) == 40
+    model = fresh_model(settings).eval()
+    with torch.no_grad():
+        total = sum(model(**row.inputs, num_items_in_batch=1).loss.item() for row in rows)
+    tokens = sum(row.supervised for row in rows)
+    for found, _, last, saved in ranks.run(workers, evaluate_rank, settings, Progress()):
+        assert [(one.step, one.tokens) for one in found] == [(4, tokens), (6, tokens)]
+        assert [one.loss for one in found] == pytest.approx([total / tokens] * 2, rel=1e-5)
+        assert last.best == min(one.loss for one in found)
+        assert [one.worse for one in saved] == [0, 0, 1]
+
+
+def test_patience_ends_a_run_that_no_longer_learns(ranks: Ranks, settings: RunSettings) -> None:
+    """Also one that was stopped while it was losing patience."""
+    still = OptimizerSettings(learning_rate=0.0)
+    evaluation = EvaluationSettings(settings.data.dataset, every=1, patience=2)
+    settings = replace(settings, optimizer=still, evaluation=evaluation)
+    for found, steps, last, _ in ranks.run(2, evaluate_rank, settings, Progress()):
+        assert (len(found), steps, last.step, last.worse) == (3, 3, 3, 2)
+    later = replace(last, step=2, worse=1)
+    for found, steps, last, _ in ranks.run(2, evaluate_rank, settings, later):
+        assert (len(found), steps, last.step, last.worse) == (1, 1, 3, 2)
+    assert ranks.run(1, evaluate_rank, settings, last) == [([], 0, last, [])]
+
+
+def test_a_run_that_learns_keeps_its_patience(ranks: Ranks, settings: RunSettings) -> None:
+    settings = replace(settings, evaluation=EvaluationSettings(settings.data.dataset, every=1, patience=1))
+    ((found, steps, last, _),) = ranks.run(1, evaluate_rank, settings, Progress())
+    assert steps == settings.steps
+    assert last.best == found[-1].loss < 0.8 * found[0].loss

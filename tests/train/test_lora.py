@@ -15,7 +15,7 @@ from mqwen.data.batch import Batch
 from mqwen.errors import UserError
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.adapters import attach_adapter
-from mqwen.train.build import build_model, check_trainable, starting_point
+from mqwen.train.build import build_model, outline, starting_point
 from mqwen.train.export import export
 from mqwen.train.loop import Progress
 from mqwen.train.run import open_run
@@ -104,7 +104,8 @@ def test_an_adapter_starts_as_the_artifact(settings: RunSettings) -> None:
 @pytest.fixture(scope="module")
 def exported(ranks: Ranks, settings: RunSettings) -> Callable[[str], Path]:
     """A trained run's folder of a form."""
-    run = open_run(settings, *starting_point(settings))
+    with open_run(settings, *starting_point(settings)) as run:
+        pass
     ranks.run(2, train_and_keep, settings)
 
     def of(form: str) -> Path:
@@ -154,7 +155,8 @@ def test_transformers_serves_the_llava_form(exported: Callable[[str], Path]) -> 
 
 def test_a_run_without_an_adapter_exports_none(ranks: Ranks, settings: RunSettings) -> None:
     whole = replace(settings, name="whole", steps=2, model=replace(settings.model, lora=LoraSettings()))
-    run = open_run(whole, *starting_point(whole))
+    with open_run(whole, *starting_point(whole)) as run:
+        pass
     ranks.run(1, train_and_keep, whole)
     with pytest.raises(SettingsError, match=rf"{run} trained no adapter.*--form artifact"):
         export(run, Path(settings.runs) / "none", form="adapter")
@@ -177,12 +179,12 @@ def test_what_matches_nothing_is_refused_before_workers(
     settings: RunSettings, lora: dict, optimizer: dict, words: list[str]
 ) -> None:
     config = starting_point(settings)[0]
-    check_trainable(settings, config)
+    outline(settings, config)
     changed = replace(
         settings,
         model=replace(settings.model, lora=replace(LORA, **lora)),
         optimizer=replace(settings.optimizer, **optimizer),
     )
     with pytest.raises(UserError) as raised:
-        check_trainable(changed, config)
+        outline(changed, config)
     assert all(word in str(raised.value) for word in words), raised.value

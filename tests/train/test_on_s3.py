@@ -56,7 +56,8 @@ def test_from_shards_to_an_artifact(
     for here, there in itertools.islice(rows, 3):
         assert_same(there.inputs, here.inputs)
 
-    run = open_run(on_s3, *starting_point(on_s3))
+    with open_run(on_s3, *starting_point(on_s3)) as run:
+        pass
     progress, saved = ranks.run(2, save, variables, on_s3)[0]
     assert progress.step == 2
     for loaded in ranks.run(2, load, variables, on_s3):

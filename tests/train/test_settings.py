@@ -3,15 +3,16 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from torch import nn
 
 from mqwen.errors import UserError
-from mqwen.train.build import build_model, starting_point
+from mqwen.model import MQWenConfig
+from mqwen.train.build import build_model, outline, starting_point
 from mqwen.train.optimizer import freeze, parameter_groups, rate_factor
-from mqwen.train.recipes import RECIPES, recipe
+from mqwen.train.recipes import QWEN_7B, RECIPES, recipe
 from mqwen.train.settings import LoraSettings, ModelSettings, OptimizerSettings, RunSettings, SettingsError
 from tests.train.making import fresh_model
 
@@ -24,8 +25,13 @@ from tests.train.making import fresh_model
         ({"data": {"rows_per_step": 0}}, "--data.rows-per-step is 0; at least 1"),
         ({"data": {"packs_per_row": -1}}, "--data.packs-per-row is -1; at least 1"),
         ({"data": {"dataset": ""}}, "--data.dataset is missing"),
+        ({"data": {"mixture": {"a": 1.0}}}, "--data.dataset does not go with --data.mixture"),
+        ({"data": {"dataset": "", "mixture": {"a": 0.0}}}, "--data.mixture gives a the weight 0.0; more than 0"),
+        ({"data": {"dataset": "", "mixture": {"a": 1.0}}, "epochs": 2}, "--epochs does not go with --data.mixture"),
         ({"parallel": {"workers": 0}}, "--parallel.workers is 0; at least 1"),
         ({"checkpoint": {"every": 0}}, "--checkpoint.every is 0; at least 1"),
+        ({"parallel": {"min_workers": 0}}, "--parallel.min-workers is 0; at least 1"),
+        ({"parallel": {"min_workers": 3, "workers": 2}}, "--parallel.min-workers is 3; at most --parallel.workers 2"),
         ({"checkpoint": {"keep": 0}}, "--checkpoint.keep is 0; at least 1"),
         ({"model": {"init_from": "A"}}, "--tokenizer does not go with --model.init-from A"),
         (
@@ -39,6 +45,21 @@ from tests.train.making import fresh_model
         ({"name": ""}, "--name '' must be a plain name"),
         ({"name": ".."}, "--name '..' must be a plain name"),
         ({"parallel": {"cpus_per_worker": 0}}, "--parallel.cpus-per-worker is 0; at least 1"),
+        ({"parallel": {"strategy": "zero2", "shard": 2}}, "--parallel.shard is fsdp2's, zero2 has none"),
+        ({"parallel": {"workers": 3, "shard": 2}}, "--parallel.shard 2 does not divide --parallel.workers 3"),
+        ({"parallel": {"offload": "optimizer"}}, "is ZeRO's; fsdp2 has --parallel.offload weights"),
+        (
+            {"parallel": {"strategy": "zero1", "offload": "weights"}},
+            "which zero1 does not: take --parallel.strategy zero3 or fsdp2, or --parallel.offload optimizer",
+        ),
+        ({"optimizer": {"warmup": 1.5}}, "--optimizer.warmup is 1.5; it is a share of the budget, from 0 to 1"),
+        ({"optimizer": {"cooldown": -0.1}}, "--optimizer.cooldown is -0.1; it is a share"),
+        ({"optimizer": {"clip": 0.0}}, "--optimizer.clip is 0.0; above 0 is needed"),
+        ({"steps": None}, "the run has no end: set --steps, --tokens, --epochs or --minutes"),
+        ({"minutes": 0.0}, "--minutes is 0.0; above 0 is needed"),
+        ({"tokens": 0}, "--tokens is 0; at least 1 is needed"),
+        ({"evaluation": {"patience": 2}}, "--evaluation.patience needs --evaluation.dataset"),
+        ({"evaluation": {"every": 0}}, "--evaluation.every is 0; at least 1"),
     ],
 )
 def test_settings_that_cannot_work(settings: RunSettings, change: dict[str, Any], message: str) -> None:
@@ -61,10 +82,10 @@ def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
 def test_a_tokenizer_that_is_none(settings: RunSettings, dataset: Path) -> None:
     for tokenizer, message in (
         ("", "--tokenizer is missing"),
-        (str(dataset), f"--tokenizer {dataset} holds no qwen.tiktoken"),
-        ("org/repository", "--tokenizer org/repository holds no qwen.tiktoken"),  # nothing is fetched
+        (str(dataset), f"{dataset} holds no qwen.tiktoken"),
+        ("org/repository", "org/repository holds no qwen.tiktoken"),  # nothing is fetched
     ):
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises(UserError, match=message):
             starting_point(replace(settings, tokenizer=tokenizer))
 
 
@@ -138,7 +159,7 @@ def test_the_demos_patterns_fit_the_model(settings: RunSettings) -> None:
 
 @pytest.mark.parametrize(
     ("name", "learning", "projector"),
-    [("demo-lora", 2e-3, 1e-3), ("sft-lora", 3e-5, 1e-4), ("sft-full", 1e-5, 1e-4)],
+    [("demo-lora", 2e-3, 1e-3), ("sft-lora", 3e-5, 1e-4), ("sft-full", 1e-5, 1e-4), ("align", 1e-3, 1e-3)],
 )
 def test_fine_tuning_recipes_leave_the_tower_as_it_is(
     settings: RunSettings, name: str, learning: float, projector: float
@@ -148,27 +169,62 @@ def test_fine_tuning_recipes_leave_the_tower_as_it_is(
         replace(tuning, model=replace(settings.model, lora=tuning.model.lora)), starting_point(settings)[0]
     )
     rates = groups_by_name(model, tuning.optimizer)
-    assert rates["transformer.h.1.mlp.w2.lora_B.default.weight" if "lora" in name else "lm_head.weight"][0] == learning
+    part = {"sft-full": "lm_head.weight", "align": "feature_proj.0.weight"}
+    assert rates[part.get(name, "transformer.h.1.mlp.w2.lora_B.default.weight")][0] == learning
     assert {rate for part, (rate, _, _) in rates.items() if part.startswith("feature_proj")} == {projector}
     assert not [part for part in rates if part.startswith("visual")]
+    if name == "align":
+        assert {part.split(".")[0] for part in rates} == {"feature_proj"}
     if tuning.model.lora.r:
         assert not [part for part in rates if "lora_" not in part and "modules_to_save" not in part]
 
 
 @pytest.mark.parametrize(
-    ("step", "steps", "warmup", "factor"),
+    ("schedule", "step", "steps", "warmup", "factor"),
     [
-        (0, 100, 0.1, 0.1),
-        (4, 100, 0.1, 0.5),
-        (9, 100, 0.1, 1.0),
-        (10, 100, 0.1, 1.0),
-        (55, 100, 0.1, 0.5),
-        (25, 100, 0.1, (1 + math.sqrt(3) / 2) / 2),  # a sixth of the way down: cos 30°
-        (99, 100, 0.1, 0.000304586490452),
-        (0, 100, 0.0, 1.0),
-        (0, 1, 0.5, 1.0),
-        (1, 2, 1.0, 1.0),
+        ("cosine", 0, 100, 0.1, 0.1),
+        ("cosine", 4, 100, 0.1, 0.5),
+        ("cosine", 9, 100, 0.1, 1.0),
+        ("cosine", 10, 100, 0.1, 1.0),
+        ("cosine", 55, 100, 0.1, 0.5),
+        ("cosine", 25, 100, 0.1, (1 + math.sqrt(3) / 2) / 2),  # a sixth of the way down: cos 30°
+        ("cosine", 99, 100, 0.1, 0.000304586490452),
+        ("cosine", 0, 100, 0.0, 1.0),
+        ("cosine", 0, 1, 0.5, 1.0),
+        ("cosine", 1, 2, 1.0, 1.0),
+        ("linear", 4, 100, 0.1, 0.5),
+        ("linear", 10, 100, 0.1, 1.0),
+        ("linear", 55, 100, 0.1, 0.5),
+        ("linear", 3, 4, 0.0, 0.25),
+        ("wsd", 4, 100, 0.1, 0.5),
+        ("wsd", 10, 100, 0.1, 1.0),
+        ("wsd", 75, 100, 0.1, 1.0),  # the last quarter falls
+        ("wsd", 80, 100, 0.1, 0.8),
+        ("wsd", 99, 100, 0.1, 0.04),
     ],
 )
-def test_the_schedule(step: int, steps: int, warmup: float, factor: float) -> None:
-    assert rate_factor(step, steps, warmup) == pytest.approx(factor, rel=1e-9)
+def test_the_schedule(schedule: Literal["cosine"], step: int, steps: int, warmup: float, factor: float) -> None:
+    settings = OptimizerSettings(schedule=schedule, warmup=warmup, cooldown=0.25)
+    assert rate_factor(step / steps, (step + 1) / steps, settings) == pytest.approx(factor, rel=1e-9)
+
+
+def test_a_stable_rate_needs_no_end() -> None:
+    assert rate_factor(0.99, 1.0, OptimizerSettings(schedule="wsd", cooldown=0.0)) == 1.0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_run(name: str) -> None:
+    """With a dataset, and a place to start from where it makes no fresh weights."""
+    found = recipe(name)
+    fresh = name.startswith(("demo", "pretrain")) and name != "demo-lora"
+    start = {} if fresh else {"init_from": "artifact"}
+    replace(found, model=replace(found.model, **start), data=replace(found.data, dataset="data")).check()
+    sizes = QWEN_7B if name.endswith("-7b") else recipe("demo").model.config if "demo" in name else {}
+    outline(found, MQWenConfig(**sizes))
+
+
+def test_a_context_that_holds_no_picture_is_refused(settings: RunSettings) -> None:
+    config = starting_point(settings)[0]
+    short = replace(settings, data=replace(settings.data, pack_length=config.image_positions))
+    with pytest.raises(SettingsError, match=r"--data.pack-length is 4, but one picture alone takes 4 .* 32"):
+        outline(short, config)

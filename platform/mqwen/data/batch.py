@@ -33,7 +33,7 @@ class Batch:
 
 def unpack(table: pa.Table, packs: int, side: int) -> Batch:
     """The row in a table of one, with `packs` packs and pictures of `side` x `side` pixels."""
-    (columns,) = table.drop_columns(["input_ids", "labels", "segment_ids", "pixels"]).to_pylist()
+    (columns,) = table.drop_columns(["input_ids", "labels", "segment_ids", "pixels", "failed"]).to_pylist()
     inputs = {
         name: torch.from_numpy(table[name].combine_chunks().flatten().to_numpy().astype(np.int64)).view(packs, -1)
         for name in ("input_ids", "labels", "segment_ids")

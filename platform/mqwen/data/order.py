@@ -1,22 +1,30 @@
-"""The order: which samples every step trains on, a pure function of manifest, seed and epoch.
+"""The order: which samples every step trains on, a pure function of manifests, weights, seed and epoch.
 
 Shards are cut into runs (neighbouring samples, one read each). An epoch shuffles the runs; consecutive runs make
 a window; inside a window the samples are shuffled, packed (pack.py) and the packs dealt into rows. A row is what
 one forward pass takes, the same for any number of workers: row i of a job goes to rank i mod workers.
 
-So a window can be planned from the manifest and the indexes of its own shards alone, wherever it is read.
+Several datasets are mixed by weight, run by run (mixture.py): each goes through epochs of its own, so the mixture
+itself is one epoch that never ends.
+
+So a window can be planned from the manifests and the indexes of its own shards alone, wherever it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 
-from mqwen.data.manifest import Manifest, Shard
+from mqwen.data.dataset import Dataset
+from mqwen.data.manifest import Shard
+from mqwen.data.mixture import Mixture
 from mqwen.data.pack import pack
+
+ENDLESS = 1 << 62  # windows of a mixture
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,10 @@ class Position:
 
 @dataclass(frozen=True)
 class Run:
-    """Samples start..stop of a shard."""
+    """Samples start..stop of a shard of the order's dataset number `dataset`, in that dataset's epoch."""
 
+    dataset: int
+    epoch: int
     shard: Shard
     start: int
     stop: int
@@ -75,6 +85,7 @@ class Place:
     tokens: int
     images: int
     sha256: str
+    dataset: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,29 +102,51 @@ class WindowPlan:
 
 
 class Order:
-    def __init__(self, manifest: Manifest, settings: OrderSettings) -> None:
-        self.manifest, self.settings = manifest, settings
-        self._runs_up_to = np.cumsum([-(-shard.samples // settings.run_samples) for shard in manifest.shards])
+    """The order of a dataset's samples, or of several that are mixed by `weights`: shares of the samples."""
+
+    def __init__(
+        self, datasets: Sequence[Dataset], settings: OrderSettings, weights: Sequence[float] | None = None
+    ) -> None:
+        self.datasets, self.settings = tuple(datasets), settings
+        size = settings.run_samples
+        samples = [dataset.manifest.shards.table["samples"].to_numpy() for dataset in datasets]
+        self._runs_up_to = [np.cumsum(-(-counts // size)) for counts in samples]
+        per_run = [counts.sum() / runs[-1] for counts, runs in zip(samples, self._runs_up_to, strict=True)]
+        shares = [weight / mean for weight, mean in zip(weights or [1.0] * len(datasets), per_run, strict=True)]
+        self._mixture = Mixture.of(shares, settings.seed)
+
+    @property
+    def name(self) -> str:
+        return "+".join(dataset.location.name for dataset in self.datasets)
 
     @property
     def windows(self) -> int:
         """Windows of one epoch."""
-        return int(-(-self._runs_up_to[-1] // self.settings.window_runs))
+        return ENDLESS if len(self.datasets) > 1 else int(-(-self._runs_up_to[0][-1] // self.settings.window_runs))
 
     def window(self, epoch: int, window: int) -> list[Run]:
         """The runs of one window, in the order in which they are read."""
-        shuffled = self._random(epoch).permutation(self._runs_up_to[-1])
         size = self.settings.window_runs
-        return [self._run(int(number)) for number in shuffled[window * size : (window + 1) * size]]
+        first = window * size
+        if len(self.datasets) == 1:
+            runs = int(self._runs_up_to[0][-1])
+            return [self._run(0, epoch, number) for number in range(first, min(first + size, runs))]
+        taken = self._mixture.before(first)
+        found = []
+        for slot in range(first, first + size):
+            dataset = self._mixture.at(slot)
+            found.append(self._run(dataset, *divmod(taken[dataset], int(self._runs_up_to[dataset][-1]))))
+            taken[dataset] += 1
+        return found
 
-    def plan(self, epoch: int, window: int, index: Callable[[Shard], pa.Table]) -> WindowPlan:
-        """Shuffles and packs a window's samples. `index(shard)` gives that shard's index."""
+    def plan(self, epoch: int, window: int, index: Callable[[Dataset, Shard], pa.Table]) -> WindowPlan:
+        """Shuffles and packs a window's samples. `index(dataset, shard)` gives that shard's index."""
         samples = [
-            Place(shard=run.shard, run=number, **row)
+            Place(shard=run.shard, run=number, dataset=run.dataset, **row | {"key": self._key(run, row["key"])})
             for number, run in enumerate(self.window(epoch, window))
-            for row in index(run.shard).slice(run.start, run.stop - run.start).to_pylist()
+            for row in index(self.datasets[run.dataset], run.shard).slice(run.start, run.stop - run.start).to_pylist()
         ]
-        random = self._random(epoch, window)
+        random = np.random.default_rng(self._seed(epoch, window))
         samples = [samples[i] for i in random.permutation(len(samples))]
         packs, too_long = pack(
             [self.settings.positions(s.tokens, s.images) for s in samples], self.settings.pack_length
@@ -124,12 +157,26 @@ class Order:
         rows = [packs[i : i + per_row] for i in range(0, len(packs), per_row)] or [[]]
         return WindowPlan(samples, rows, [too_long[n :: len(rows)] for n in range(len(rows))])
 
-    def _run(self, number: int) -> Run:
-        at = int(np.searchsorted(self._runs_up_to, number, side="right"))
-        shard, size = self.manifest.shards[at], self.settings.run_samples
-        start = (number - (int(self._runs_up_to[at - 1]) if at else 0)) * size
-        return Run(shard, start, min(start + size, shard.samples))
+    def _key(self, run: Run, key: str) -> str:
+        """A key that no other sample of the order has: two datasets may use the same."""
+        return key if len(self.datasets) == 1 else f"{self.datasets[run.dataset].location}/{key}"
 
-    def _random(self, epoch: int, *window: int) -> np.random.Generator:
+    def _run(self, dataset: int, epoch: int, number: int) -> Run:
+        """The `number`-th run of a dataset's epoch."""
+        up_to, size = self._runs_up_to[dataset], self.settings.run_samples
+        # Alone, a dataset's epoch is the order's.
+        seed = self._seed(epoch) if len(self.datasets) == 1 else self._seed(0, dataset, epoch)
+        run = int(_permutation(seed.entropy, seed.spawn_key, int(up_to[-1]))[number])
+        at = int(np.searchsorted(up_to, run, side="right"))
+        shard = self.datasets[dataset].manifest.shards[at]
+        start = (run - (int(up_to[at - 1]) if at else 0)) * size
+        return Run(dataset, epoch, shard, start, min(start + size, shard.samples))
+
+    def _seed(self, *key: int) -> np.random.SeedSequence:
         # A spawn key, because as a plain list (epoch,) and (epoch, 0) would seed the same.
-        return np.random.default_rng(np.random.SeedSequence(self.settings.seed, spawn_key=(epoch, *window)))
+        return np.random.SeedSequence(self.settings.seed, spawn_key=key)
+
+
+@lru_cache(maxsize=8)  # eight bytes a run: a window of a mixture looks at several datasets' epochs
+def _permutation(entropy: int, spawn_key: tuple[int, ...], length: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=spawn_key)).permutation(length)

@@ -16,6 +16,7 @@ from mqwen.data.encode import encode
 from mqwen.data.errors import SampleError
 from mqwen.data.order import OrderSettings, Place, Position
 from mqwen.data.sample import Sample
+from mqwen.errors import UserError
 from mqwen.model import MQWenProcessor
 from mqwen.model.chat import IGNORED, EncodedChat
 
@@ -32,8 +33,15 @@ COLUMNS = pa.schema(
         ("start", pa.list_(pa.int64(), 3)),
         ("keys", pa.list_(pa.string())),
         ("quarantined", pa.string()),
+        ("failed", pa.string()),  # why reading ended here; all else is null then
     ]
 )
+
+
+def failed_row(error: UserError) -> pa.Table:
+    """What comes in the place of a row that cannot be read. What a task raises would reach a rank as Ray's error, with
+    a trace for text."""
+    return pa.Table.from_pylist([{"failed": str(error)}], schema=COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class RowBuilder:
             "start": [start.epoch, start.window, start.row],
             "keys": keys,
             "quarantined": json.dumps(quarantined, ensure_ascii=False),
+            "failed": None,
         }
         return pa.table({name: [value] for name, value in columns.items()}, schema=COLUMNS)
 

@@ -8,29 +8,26 @@ is pinned and a digest test holds it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-import time
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
-import ray.train
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
-from mqwen.data.manifest import check_tokenizer
 from mqwen.data.order import Order, Position
+from mqwen.data.pace import Pace
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
 from mqwen.data.windows import Windows
 from mqwen.model import MQWenProcessor
-from mqwen.storage import Location
 from mqwen.telemetry import reading
 
 logger = logging.getLogger(__name__)
@@ -38,48 +35,24 @@ logger = logging.getLogger(__name__)
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
 WINDOWS_AHEAD = 2  # for each CPU of the cluster: one that is being read, and one that is read while it waits its turn
 LEAST_AHEAD = 64 << 20  # bytes
-LONGEST_PAUSE = 0.05  # seconds
-
-
-class Pace(ExecutionCallback):
-    """Ray Data's scheduler looks again at once while readers wait for room; on a small machine that costs a core.
-
-    Here it waits, the longer the longer nothing was read: up to LONGEST_PAUSE seconds.
-    """
-
-    def __init__(self) -> None:
-        self._done, self._pause = 0, 0.0
-
-    def on_execution_step(self, executor: StreamingExecutor) -> None:
-        metrics = [operator.metrics for operator in executor._topology]
-        done = sum(metric.num_tasks_submitted + metric.num_task_outputs_generated for metric in metrics)
-        self._pause = min(LONGEST_PAUSE, 1.5 * self._pause + 0.0005) if done == self._done else 0.0
-        self._done = done
-        time.sleep(self._pause)
-
-
-class OrderedSplit(ray.train.DataConfig):
-    """Ray Train's way to hand a dataset to its workers, with the order kept; see the top of this file."""
-
-    def configure(
-        self, datasets: dict[str, ray.data.Dataset], world_size: int, *_: Any, **__: Any
-    ) -> list[dict[str, ray.data.DataIterator]]:
-        split = {name: dataset.streaming_split(world_size, equal=False) for name, dataset in datasets.items()}
-        return [{name: parts[rank] for name, parts in split.items()} for rank in range(world_size)]
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The rows of a dataset in their order, epoch after epoch. `rows` is how many a run can want."""
+    """The rows of an order, epoch after epoch. `rows` is how many a run can want."""
 
-    dataset: Location
     order: Order
     processor: MQWenProcessor
     rows: int
 
     def __post_init__(self) -> None:
-        """Raises DataError where the dataset's tokens were counted by another tokenizer: its packs would not fit."""
-        check_tokenizer(self.dataset, self.order.manifest, self.processor.tokenizer.fingerprint)
+        """Raises DataError where a dataset's tokens were counted by another tokenizer: its packs would not fit."""
+        for dataset in self.order.datasets:
+            dataset.check_tokenizer(self.processor.tokenizer.fingerprint)
+
+    def split(self, position: Position, workers: int) -> list[ray.data.DataIterator]:
+        """The rows from `position` on, dealt in turn: one iterator for each worker, which may be sent to it."""
+        return self.start(position).streaming_split(workers, equal=False)
 
     def start(self, position: Position) -> ray.data.Dataset:
         """A Ray dataset of the rows from `position` on, `rows` of them or more."""
@@ -98,18 +71,17 @@ class Stream:
             # two, which would read a whole list in one task.
             windows = ray.data.read_datasource(Windows(self.rows + 1), num_cpus=0, concurrency=1)
             return windows.map_batches(
-                WindowReader(self.dataset, self.order, self.processor, position), batch_size=1, batch_format="pyarrow"
+                WindowReader(self.order, self.processor, position), batch_size=1, batch_format="pyarrow"
             )
 
     def _window_bytes(self) -> int:
         """About what a window's rows take: their pictures, and four 8-byte numbers a position of every pack."""
-        manifest, settings = self.order.manifest, self.order.settings
-        images = sum(shard.images for shard in manifest.shards) / manifest.samples
-        positions = (
-            sum(shard.tokens for shard in manifest.shards) / manifest.samples + images * settings.image_positions
-        )
-        samples = min(settings.run_samples * settings.window_runs, manifest.samples)
-        return math.ceil(samples * (images * 3 * self.processor.image_size**2 + positions * 32))
+        settings = self.order.settings
+        shards = [dataset.manifest.shards for dataset in self.order.datasets]
+        samples, images, tokens = (sum(each.total(name) for each in shards) for name in ("samples", "images", "tokens"))
+        pixels = 3 * self.processor.image_size**2
+        nbytes = (images * pixels + settings.positions(tokens, images) * 32) / samples
+        return math.ceil(min(settings.run_samples * settings.window_runs, samples) * nbytes)
 
     def blank(self) -> Batch:
         """A row without samples: what a rank runs when others have one row more."""
@@ -120,14 +92,30 @@ class Stream:
         return unpack(row, self.order.settings.packs_per_row, self.processor.image_size)
 
     def read(self, rows: ray.data.DataIterator, start: Position, max_bad: float) -> Iterator[Batch]:
-        """This rank's rows. Raises DataError when more than `max_bad` of the samples so far could not be used.
+        """This rank's rows.
 
-        One always may; the share of a few rows says little.
+        Raises DataError where storage fails, or where more than `max_bad` of the samples so far could not be used. One
+        always may; the share of a few rows says little. The first row is asked for at once: Ray gives no rank a row
+        before all have asked, and of more ranks than rows in a step some would ask late, and the others wait for them.
         """
+        checked, first = self._checked(rows, start, max_bad), Future[list[Batch]]()
+
+        def ask() -> None:
+            try:
+                first.set_result(list(itertools.islice(checked, 1)))
+            except BaseException as error:
+                first.set_exception(error)
+
+        threading.Thread(target=ask, name="first-row", daemon=True).start()
+        return _from(first, checked)
+
+    def _checked(self, rows: ray.data.DataIterator, start: Position, max_bad: float) -> Iterator[Batch]:
         seen, bad = 0, dict[str, str]()
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_ROWS):
             if table.num_rows != 1:
                 raise RuntimeError(f"Ray Data put {table.num_rows} rows into a block: their ranks would depend on it")
+            if failed := table["failed"][0].as_py():
+                raise DataError(failed)
             row = self._unpack(table)
             if row.start != (start.epoch, start.window, start.row):
                 raise DataError(f"the stream starts at {row.start}, the checkpoint stands at {start}: start again")
@@ -136,10 +124,15 @@ class Stream:
             for key, reason in row.quarantined.items():
                 logger.warning("sample %s is left out: %s", key, reason)
                 kind = reason.partition(":")[0]  # SampleError.reason
-                reading.QUARANTINED_SAMPLES.add(dataset=self.dataset.name, reason=kind)
+                reading.QUARANTINED_SAMPLES.add(dataset=self.order.name, reason=kind)
             if len(bad) > max(1, max_bad * seen):
                 listed = "; ".join(f"{key}: {reason}" for key, reason in list(bad.items())[:20])
                 raise DataError(
                     f"{len(bad)} of {seen} samples could not be used, data.max_bad allows {max_bad:.1%}: {listed}"
                 )
             yield row
+
+
+def _from(first: Future[list[Batch]], rest: Iterator[Batch]) -> Iterator[Batch]:
+    yield from first.result()
+    yield from rest

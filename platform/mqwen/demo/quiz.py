@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import get_args
 
-import httpx
 import numpy as np
 
 from mqwen.data.sources.digits import KINDS, QUESTIONS, Language, answer, draw
-from mqwen.demo.serving import Server
+from mqwen.demo.stages import StageError
+from mqwen.release import client
+from mqwen.release.client import Chat, Server
 
-AT_ONCE = 16  # requests under way
-TIMEOUT = 60.0  # seconds for one answer
+MAX_TOKENS = 16  # of an answer
 
 
 @dataclass(frozen=True)
@@ -60,33 +58,14 @@ def shuffle_pictures(quiz: list[Question], seed: int) -> list[Question]:
 
 def ask(server: Server, quiz: list[Question], progress: Callable[[int, int], None]) -> list[Question]:
     """The quiz with the server's answers; `progress` is told how many came of how many."""
-
-    async def ask_all() -> list[Question]:
-        gate, done = asyncio.Semaphore(AT_ONCE), 0
-        headers = {"Authorization": f"Bearer {server.key}"}
-        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=TIMEOUT) as client:
-
-            async def ask_one(question: Question) -> Question:
-                nonlocal done
-                picture = "data:image/jpeg;base64," + base64.b64encode(question.picture).decode()
-                parts = [
-                    {"type": "image_url", "image_url": {"url": picture}},
-                    {"type": "text", "text": question.text},
-                ]
-                messages = [{"role": "user", "content": parts}]
-                body = {"model": server.model, "messages": messages, "max_tokens": 16, "temperature": 0}
-                async with gate:
-                    reply = await client.post("/v1/chat/completions", json=body)
-                reply.raise_for_status()
-                done += 1
-                progress(done, len(quiz))
-                return replace(question, given=reply.json()["choices"][0]["message"]["content"])
-
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(ask_one(question)) for question in quiz]
-            return [task.result() for task in tasks]
-
-    return asyncio.run(ask_all())
+    chats = [
+        Chat([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": one.text}]}], [one.picture])
+        for one in quiz
+    ]
+    replies = client.ask(server, chats, MAX_TOKENS, progress)
+    if error := next((reply.error for reply in replies if reply.error), ""):
+        raise StageError(f"the server left a question without an answer: {error}")
+    return [replace(question, given=reply.text) for question, reply in zip(quiz, replies, strict=True)]
 
 
 def score(quiz: list[Question]) -> dict[str, dict[str, float]]:

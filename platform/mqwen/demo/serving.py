@@ -11,23 +11,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
 from mqwen.demo.stages import StageError, Stages
+from mqwen.release.client import Server
 from mqwen.storage import Location
 
 START_LIMIT = 180.0  # seconds
 HOST = "127.0.0.1"
-
-
-@dataclass(frozen=True)
-class Server:
-    url: str
-    key: str
-    model: str
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
+from mqwen.data.dataset import Dataset
 from mqwen.data.encode import encode
 from mqwen.data.errors import SampleError
 from mqwen.data.order import Place
-from mqwen.data.reader import Samples
+from mqwen.data.runs import Samples
 from mqwen.data.sample import Sample
 from mqwen.engine.request import Request, RequestError
 from mqwen.errors import UserError
@@ -53,7 +54,7 @@ class Answer:
 class Answerer:
     """artifact: actors on one node share a copy."""
 
-    def __init__(self, artifact: Location, dataset: Location, generation: Generation, gpu: bool) -> None:
+    def __init__(self, artifact: Location, dataset: Dataset, generation: Generation, gpu: bool) -> None:
         # Imported here: the driver imports this module, and needs no torch.
         from mqwen.engine.engine import Engine
         from mqwen.model import MQWenLMHeadModel, MQWenProcessor
@@ -78,7 +79,7 @@ class Answerer:
 
     def answer(self, places: Sequence[Place]) -> list[Answer]:
         """One for each place, in their order. Raises StorageError where storage fails."""
-        samples = Samples(self._dataset, list(places))
+        samples = Samples([self._dataset], places)
         answers: list[Answer] = []
         requests: list[Request] = []
         for at, place in enumerate(places):

@@ -14,8 +14,9 @@ from typing import Any
 
 import ray.data
 
+from mqwen.data.dataset import Dataset, open_dataset
 from mqwen.data.errors import DataError
-from mqwen.data.manifest import check_tokenizer, read_index, read_manifest
+from mqwen.data.manifest import read_index
 from mqwen.data.order import Place
 from mqwen.errors import UserError
 from mqwen.evaluate.answerer import Answer, Answerer, Generation
@@ -44,7 +45,7 @@ class Evaluation:
     """What is asked of which artifact. Made with `prepare`, which refuses what can be before an actor starts."""
 
     artifact: Location
-    dataset: Location
+    dataset: Dataset
     places: list[Place]
     generation: Generation = field(default_factory=Generation)
     actors: Actors = field(default_factory=Actors)
@@ -63,13 +64,13 @@ class Evaluation:
             if value < least:
                 raise EvaluationError(f"--{option} is {value}; at least {least} is needed")
         _, processor = open_artifact(local_folder(artifact))
-        manifest = read_manifest(dataset)
-        check_tokenizer(dataset, manifest, processor.tokenizer.fingerprint)
-        rows = [(shard, row) for shard in manifest.shards for row in read_index(dataset, shard).to_pylist()]
+        opened = open_dataset(dataset)
+        opened.check_tokenizer(processor.tokenizer.fingerprint)
+        rows = [(shard, row) for shard in opened.manifest.shards for row in read_index(dataset, shard).to_pylist()]
         rows.sort(key=lambda row: row[1]["key"])
         # Each a run of its own: neighbours by key need not lie near each other.
         places = [Place(shard=shard, run=number, **row) for number, (shard, row) in enumerate(rows)]
-        return cls(artifact, dataset, places, generation, actors)
+        return cls(artifact, opened, places, generation, actors)
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Answer]:
         """Every sample's answer, by key; `progress(answered, of)` is called after each batch. Needs a Ray cluster.
@@ -122,7 +123,7 @@ def write_report(out: Location, evaluation: Evaluation, answers: list[Answer]) -
     found = scores(answers)
     lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
     (out / "answers.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace"))
-    report: dict[str, Any] = {"artifact": str(evaluation.artifact), "dataset": str(evaluation.dataset)}
+    report: dict[str, Any] = {"artifact": str(evaluation.artifact), "dataset": str(evaluation.dataset.location)}
     report |= {"generation": asdict(evaluation.generation), "scores": found}
     (out / "report.json").write_bytes(json.dumps(report, indent=1).encode())
     return found

@@ -1,7 +1,7 @@
 """What a checkpoint is: configuration, network, tokenizer, image processor, import and export.
 
 The names load when they are first used: tasks that only tokenize and decode pictures need no torch, whose import takes
-longer than their work.
+longer than their work. `import mqwen.model.auto` makes them known to transformers' Auto classes.
 """
 
 from importlib import import_module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig
 
 from mqwen.model.errors import ConfigurationError
 from mqwen.model.picture import CLIP_MEAN, CLIP_STD
@@ -133,6 +133,3 @@ class MQWenConfig(PreTrainedConfig):
             vision.image_size % vision.patch_size == 0,
             f"vision_config: image_size {vision.image_size} is no multiple of patch_size {vision.patch_size}",
         )
-
-
-AutoConfig.register(MQWenConfig.model_type, MQWenConfig)

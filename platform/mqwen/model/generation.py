@@ -46,7 +46,12 @@ class StopWordsLogitsProcessor(LogitsProcessor):
 
 
 class PictureGenerationMixin(GenerationMixin):
-    """transformers' generation loop for a model with `encode_images`, fed with pictures and kept in an MQWenCache."""
+    """transformers' generation loop for a model with `encode_images`, fed with pictures and kept in an MQWenCache.
+
+    As for every model of transformers, and in Qwen v1 itself, no length is refused: past seq_length dynamic NTK and
+    logn set in, and past max_position_embeddings transformers warns (it counts ids, a picture as one). An engine that
+    must bound its memory refuses such requests itself.
+    """
 
     def prepare_inputs_for_generation(
         self,

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -26,7 +25,7 @@ from mqwen.model.components import (
 from mqwen.model.configuration import MQWenConfig
 from mqwen.model.errors import CacheError, PictureShapeError, SegmentError
 from mqwen.model.generation import PictureGenerationMixin
-from mqwen.model.loss import labelled_loss, token_loss
+from mqwen.model.loss import Head, labelled_loss, token_loss
 from mqwen.model.splice import PaddingSide
 from mqwen.model.transformer import MQWenModel, MQWenPreTrainedModel
 
@@ -41,7 +40,7 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
     def __init__(self, config: MQWenConfig) -> None:
         super().__init__(config)
         self.transformer = MQWenModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.visual = VisionTower(config.vision_config)
         self.feature_proj = Projector(config)
         self.post_init()
@@ -102,6 +101,7 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
         logits_to_keep: int | Tensor | Literal["labels"] = 0,
         num_items_in_batch: Tensor | int | float | None = None,
         padding_side: PaddingSide = "right",
+        row_length: int = 0,
         **unused: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and the loss where labels are given.
@@ -128,6 +128,7 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
                 the labelled positions in chunks, and no logits.
             num_items_in_batch: what the summed loss is divided by; None: the labelled positions of this batch.
             padding_side: where rows that hold fewer pictures are filled up.
+            row_length: rows are filled up to it, so that compiled blocks see one shape.
 
         Returns:
             loss (float32 scalar or None), logits (B, L or fewer, V) or None, past_key_values, hidden_states.
@@ -157,6 +158,7 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
             segment_ids=segment_ids,
             labels=labels,
             padding_side=padding_side,
+            row_length=row_length,
         )
         output = self.transformer(
             images=images,
@@ -243,7 +245,8 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
     def from_pretrained(cls, directory: Folder, **kwargs: Any) -> MQWenLMHeadModel:
         """Read the artifact that `save_pretrained` wrote: config.json and safetensors in a local folder.
 
-        Keyword arguments go to transformers' from_pretrained (dtype, device_map, ...).
+        Keyword arguments go to transformers' from_pretrained (dtype, device_map, ...). On the CPU, in the files' own
+        dtype, the weights stay mapped: pages that processes share, read when they are first used.
 
         Raises:
             CheckpointError, ConfigurationError: as `check_artifact`, before any weight is read.
@@ -255,6 +258,3 @@ class MQWenLMHeadModel(MQWenPreTrainedModel, PictureGenerationMixin):
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
     """Index of the positions whose logits are asked for; slice(-0, None) takes all."""
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-
-
-AutoModelForCausalLM.register(MQWenConfig, MQWenLMHeadModel)

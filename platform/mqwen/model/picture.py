@@ -56,7 +56,7 @@ def decode_picture(
         if fast and not isinstance(source, Image.Image):
             image.draft("RGB", (size, size))
         image.load()
-        image = _to_rgb(_upright(image))
+        image = upright_rgb(image)
         width, height = image.size
         short = min(width, height)
         # int(), not round(): the size that CLIP's published preprocessing resizes to.
@@ -94,6 +94,11 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF is common in the wild, and the picture itself is whole
         return image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; 16-bit grey scaled, palettes looked up, transparency dropped."""
+    return _to_rgb(_upright(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

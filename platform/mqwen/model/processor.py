@@ -13,7 +13,6 @@ from mqwen.model.chat import IGNORED, EncodedChat, Message, encode_chat
 from mqwen.model.errors import CheckpointError, PictureCountError
 from mqwen.model.picture import CLIP_MEAN, CLIP_STD, MAX_PIXELS, decode_picture, normalize
 from mqwen.model.tokenizer import AllowedSpecial, MQWenTokenizer
-from mqwen.model.vocabulary import VOCABULARY_FILE
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 BICUBIC = 3  # Pillow's number, which CLIP's files hold
@@ -57,9 +56,7 @@ class MQWenProcessor:
         Raises:
             CheckpointError: a file is missing or damaged, or asks for a preprocessing other than CLIP's.
         """
-        if not (Path(qwen) / VOCABULARY_FILE).is_file():
-            raise CheckpointError(f"{qwen} has no {VOCABULARY_FILE}")
-        tokenizer = MQWenTokenizer.from_pretrained(str(qwen), **tokenizer_options)
+        tokenizer = MQWenTokenizer.from_pretrained(qwen, **tokenizer_options)
         return cls(tokenizer, **_read_preprocessor(Path(clip) / PREPROCESSOR_FILE))
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -31,6 +31,7 @@ def expand(
     attention_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
     padding_side: PaddingSide = "right",
+    row_length: int = 0,
 ) -> Expanded:
     """Replace each placeholder by `image_positions` positions.
 
@@ -38,6 +39,7 @@ def expand(
     (they are taken as they are); what is as long as input_ids always counts as not expanded. Rows with fewer pictures
     come out shorter and are padded on `padding_side`; where mask or segment ids, as long as input_ids, show padding
     that no row needs after expansion, it is cut off, unless something came in the full length.
+    Rows come out at least `row_length` long: with a length of their own all batches are of one shape.
     The host reads from input_ids' device once, so ids on the CPU cost an accelerator no wait.
 
     Args:
@@ -82,7 +84,8 @@ def expand(
     growth = [count * (image_positions - 1) for count in counts]
     given = {"labels": labels, "attention_mask": attention_mask, "segment_ids": segment_ids}
     length = _length(given, rows, width, width + max(growth), width if not pictures else max(needs))
-    if pictures == 0:
+    length = max(length, row_length)
+    if pictures == 0 and length == width:
         slots = torch.empty(0, dtype=torch.long, device=device)
         return _finish(ids, labels, filled, slots, layout, width)
 
@@ -101,7 +104,7 @@ def expand(
 
     if filled is not None:
         filled = widen(filled, 0)
-    if min(growth) != max(growth):
+    if min(growth) != max(growth) or length > width + max(growth):
         filled = inside.long() if filled is None else filled * inside
         if layout in (Layout.FULL, Layout.PREFIX):
             layout = Layout.PREFIX if padding_side == "right" else Layout.RUNS

@@ -10,13 +10,13 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import tiktoken
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from mqwen.model.chat import CHAT_TEMPLATE, Message, encode_chat
-from mqwen.model.errors import ConversationError
+from mqwen.model.errors import CheckpointError, ConversationError
 from mqwen.model.vocabulary import (
     CHARACTER_TO_BYTE,
     CONTROL_TOKENS,
@@ -70,6 +70,18 @@ class MQWenTokenizer(PreTrainedTokenizer):
         super().__init__(
             **{"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE, **kwargs}
         )
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *inputs: Any, **kwargs: Any) -> Self:
+        """Reads a local folder that holds qwen.tiktoken: an artifact, a Qwen v1 checkpoint, or that file alone.
+
+        Raises:
+            CheckpointError: it does not; transformers would look for the name on the Hub.
+            VocabularyError: the file is damaged.
+        """
+        if not (Path(directory) / VOCABULARY_FILE).is_file():
+            raise CheckpointError(f"{directory} holds no {VOCABULARY_FILE}; give a local folder with that file")
+        return super().from_pretrained(str(directory), *inputs, **kwargs)
 
     @property
     def vocab_size(self) -> int:

@@ -2,8 +2,9 @@
 
 from mqwen.storage.check import readable, writable
 from mqwen.storage.errors import MissingFileError, StorageError, TruncatedFileError
-from mqwen.storage.local import filled, local_folder
+from mqwen.storage.local import filled, local_file, local_folder
 from mqwen.storage.location import Location, locate
+from mqwen.storage.retry import retried
 
 __all__ = [
     "Location",
@@ -11,8 +12,10 @@ __all__ = [
     "StorageError",
     "TruncatedFileError",
     "filled",
+    "local_file",
     "local_folder",
     "locate",
     "readable",
+    "retried",
     "writable",
 ]

@@ -21,12 +21,14 @@ from mqwen.storage.location import Location
 FILES_AT_ONCE = 4
 
 
-def local_folder(location: Location, without: str = "") -> Path:
+def local_folder(location: Location, without: str = "", needs: str = "") -> Path:
     """The files that lie directly at `location`, in a folder of this machine; files matching `without` may lack.
 
     That is the folder itself, or a copy in ~/.cache/mqwen: made by the first process that asks and used by all, until
-    a file there has another ETag. Raises StorageError where nothing is there.
+    a file there has another ETag. Raises StorageError where nothing is there, or no file named `needs`.
     """
+    if needs and not (location / needs).size():
+        raise StorageError(f"{location} holds no {needs}; give a folder with that file")
     if isinstance(location.filesystem, pafs.LocalFileSystem):
         return Path(location.path)
     files = _versions(location, without)
@@ -93,3 +95,14 @@ def filled(target: Location, last: str) -> Iterator[Path]:
             (target / name).delete()
         for name in sorted(files, key=lambda name: name == last):
             (target / name).upload(files[name])
+
+
+@contextmanager
+def local_file(location: Location) -> Iterator[Path]:
+    """A file of this machine with what lies at `location`: that file itself, or a copy for the time of the block."""
+    if isinstance(location.filesystem, pafs.LocalFileSystem):
+        yield Path(location.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="mqwen-") as folder:
+        location.download(Path(folder) / location.name)
+        yield Path(folder) / location.name

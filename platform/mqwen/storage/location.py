@@ -80,12 +80,26 @@ class Location:
     def read_range(self, start: int, length: int) -> bytes:
         """`length` bytes from offset `start`. Raises TruncatedFileError where the file ends before them."""
         with self._errors_named("read"), self.filesystem.open_input_file(self.path) as file:
-            data = file.read_at(length, start) if start < file.size() else b""
-        if len(data) != length:
+            there = max(0, min(length, file.size() - start))
+            data = file.read_at(there, start) if there else b""
+            if len(data) != there:  # a connection that ended early is no file that does
+                raise OSError(f"{len(data)} of {there} bytes from {start} on came")
+        if there != length:
             raise TruncatedFileError(
                 f"{self}: asked for {length} bytes from {start} on, the file ends after {len(data)} of them", data
             )
         return data
+
+    @contextmanager
+    def opened(self) -> Iterator[pa.NativeFile]:
+        """The file, open for reading at any offset, for a block that may raise OSError where its bytes cannot be read.
+
+        Raises StorageError where the file cannot be opened.
+        """
+        with self._errors_named("read"):
+            file = self.filesystem.open_input_file(self.path)
+        with file:
+            yield file
 
     def write_bytes(self, data: bytes) -> None:
         """Writes the whole file or nothing: readers never see a part of it."""

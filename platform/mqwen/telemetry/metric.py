@@ -6,14 +6,12 @@ cluster emits nothing.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import ray
-from ray.util import metrics
 
 KEEP = 1.0  # seconds; Ray reports once a second at most
 
@@ -42,11 +40,17 @@ class Metric:
 
     def _ray(self) -> Any | None:
         """Ray's metric, made when it is first wanted; None where there is no cluster."""
-        if not ray.is_initialized():
+        if not _in_cluster():
             return None
         if self.name not in _made:
             _made[self.name] = self._make()
         return _made[self.name]
+
+
+def _in_cluster() -> bool:
+    """Ray is not imported for this: who has not done it is in no cluster, and may have no Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 class Counter(Metric):
@@ -61,6 +65,8 @@ class Counter(Metric):
             counter.inc(value, labels)
 
     def _make(self) -> Any:
+        from ray.util import metrics
+
         return metrics.Counter(self.name, self.help, self.labels)
 
 
@@ -76,6 +82,8 @@ class Gauge(Metric):
             _keeper.keep(gauge, value, labels)
 
     def _make(self) -> Any:
+        from ray.util import metrics
+
         return metrics.Gauge(self.name, self.help, self.labels)
 
 
@@ -90,6 +98,8 @@ class Histogram(Metric):
             histogram.observe(value, labels)
 
     def _make(self) -> Any:
+        from ray.util import metrics
+
         return metrics.Histogram(self.name, self.help, list(self.buckets), self.labels)
 
 
@@ -115,7 +125,7 @@ class _Keeper:
     def _run(self) -> None:
         while True:
             time.sleep(KEEP)
-            if ray.is_initialized():
+            if _in_cluster():
                 with self._lock:
                     for (gauge, labels), value in self._gauges.items():
                         gauge.set(value(), dict(labels))

@@ -6,6 +6,9 @@ RUN = ("run",)  # its name
 
 STEP = Gauge("mqwen_train_step", "The step that was done last.", RUN)
 LOSS = Gauge("mqwen_train_loss", "Mean loss of the last step's labelled positions.", RUN)
+HELD_OUT_LOSS = Gauge(
+    "mqwen_train_held_out_loss", "Mean loss of the held-out labelled positions, at the last evaluation.", RUN
+)
 LEARNING_RATE = Gauge("mqwen_train_learning_rate", "The largest learning rate of the last step.", RUN)
 GRADIENT_NORM = Gauge("mqwen_train_gradient_norm", "Global norm of the last step's gradient, before clipping.", RUN)
 
@@ -17,6 +20,10 @@ IMAGES = Counter("mqwen_train_images", "Pictures trained on; the rate is images/
 DATA_WAIT_SECONDS = Counter(
     "mqwen_train_data_wait_seconds", "Time that rank 0 waited for rows; the rate is the share of time.", RUN, "seconds"
 )
+
+MFU = Gauge("mqwen_train_mfu", "Share of the workers' peak rate that the last step's model computations reached.", RUN)
+GOODPUT = Gauge("mqwen_train_goodput", "Share of the time since the job's start that went into steps that count.", RUN)
+MEMORY_BYTES = Gauge("mqwen_train_memory_bytes", "The most memory that rank 0 held so far on its device.", RUN, "bytes")
 
 STEP_SECONDS = Histogram(
     "mqwen_train_step_seconds",

@@ -32,7 +32,7 @@ def find_checkpoint(run: Location, step: int | None) -> Location:
     if step is None:
         return found[-1]
     for candidate in found:
-        if checkpoint.read_commit(candidate).step == step:
+        if checkpoint.read_commit(candidate).progress.step == step:
             return candidate
     raise CheckpointError(f"{run} has no checkpoint of step {step}; there are {', '.join(c.name for c in found)}")
 
@@ -67,7 +67,7 @@ def export(run: Location, target: Path, step: int | None = None, form: Form = "a
     model.load_state_dict(weights)
     if form == "adapter":
         adapted.save_pretrained(target)
-        return commit.step
+        return commit.progress.step
     if lora.r:
         adapted.merge_and_unload()
     model.generation_config.eos_token_id = processor.tokenizer.stop_ids
@@ -77,4 +77,4 @@ def export(run: Location, target: Path, step: int | None = None, form: Form = "a
     else:
         model.save_pretrained(target)
         processor.save_pretrained(target)
-    return commit.step
+    return commit.progress.step

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,13 +25,13 @@ from mqwen.train.strategy import Strategy
 
 LOSS_ONLY = {"use_cache": False, "logits_to_keep": "labels"}  # no full logits: only labelled positions get any
 
+Place = tuple[int, int, int]
+"""A row's epoch, window and row in the order."""
+
 
 class Batch(Protocol):
     """A row, ready for the model: `inputs` are forward's arguments, on the CPU (it moves
-    them itself), `supervised` counts the labelled positions.
-
-    `place` is the row's (epoch, window, row) in the order.
-    """
+    them itself), `supervised` counts the labelled positions."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]: ...
@@ -41,97 +42,201 @@ class Batch(Protocol):
     @property
     def images(self) -> int: ...
     @property
-    def place(self) -> tuple[int, int, int]: ...
+    def place(self) -> Place: ...
+    @property
+    def keys(self) -> list[str]: ...
+
+
+Accepts = Callable[[int, float, Callable[[], list[str]], float], bool]
+"""Given a step, its loss, what gives the keys of this rank's samples, and its gradient norm: whether it is to count."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step did, over all ranks; times in seconds. `tokens` counts labelled positions."""
+    """What a step did, over all ranks; times in seconds, the ranks' mean. `tokens` counts labelled positions, `flops`
+    the operations of the model, `spent` is the share of the budget that is gone.
+
+    `place` is that of its last row; `learning_rates` are by the patterns that give them, "" for that of all others;
+    `learning_rate` is the largest.
+    """
 
     step: int
+    place: Place
     loss: float
     learning_rate: float
+    learning_rates: dict[str, float]
     gradient_norm: float
     tokens: int
     positions: int
     images: int
+    flops: float
     seconds: float
     data_wait: float
+    spent: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean loss over all labelled positions of the held-out rows, after a step; `seconds` is what it took."""
+
+    step: int
+    loss: float
+    tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps done, and the place of the last row that they trained on; None before the first."""
+    """Steps done, the place of the last row that they trained on (None before the first), the labelled positions and
+    seconds that they took; the best held-out loss so far, and how many evaluations since were no better."""
 
     step: int = 0
-    place: tuple[int, int, int] | None = None
+    place: Place | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    worse: int = 0
 
 
-def train(
-    settings: RunSettings,
-    strategy: Strategy,
-    rows: Iterator[Batch],
-    blank: Batch,
-    progress: Progress,
-    on_step: Callable[[StepRecord], None],
-    on_checkpoint: Callable[[Progress], None],
-) -> Progress:
-    """Trains from `progress` to the last step, or to the end of the data, and returns how far it came.
+@dataclass(frozen=True)
+class Data:
+    """This rank's rows. `held_out` begins anew each time it is iterated. `blank` is a row without samples.
 
-    `rows` are this rank's; `on_step` and `on_checkpoint` are called on every rank at the same steps.
+    `flops` says how many operations a row takes, `epochs` how many epochs lie before a place.
     """
-    rank, workers = dist.get_rank(), dist.get_world_size()
-    per_step, every = settings.data.rows_per_step, settings.checkpoint.every
-    saved = progress
+
+    rows: Iterator[Batch]
+    blank: Batch
+    held_out: Iterable[Batch] = ()
+    flops: Callable[[Batch], float] = lambda row: 0.0
+    epochs: Callable[[Place], float] = lambda place: place[0]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told and asked; each is called on every rank at the same steps. `wants_checkpoint` is asked for one beside
+    those that are due: it is made when any rank wants it."""
+
+    step: Callable[[StepRecord], None]
+    checkpoint: Callable[[Progress], None]
+    evaluation: Callable[[Evaluation], None] = lambda evaluation: None
+    accepts: Accepts = lambda step, loss, keys, norm: True
+    wants_checkpoint: Callable[[], bool] = lambda: False
+
+
+def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progress, watch: Watch) -> Progress:
+    """Trains from `progress` until the budget is spent, the data ends or patience does; returns how far it came."""
+    rank, workers, per_step = dist.get_rank(), dist.get_world_size(), settings.data.rows_per_step
+    rows = itertools.takewhile(lambda row: data.epochs(row.place) < (settings.epochs or math.inf), data.rows)
+    saved = evaluated = progress
     taken = 0  # rows of the order that all ranks took since the start: row i is rank i mod workers'
-    for step in range(progress.step, settings.steps):
+    while (spent := spent_share(settings, data, progress)) < 1 and not _out_of_patience(settings, progress):
         started = time.perf_counter()
         mine = sum((taken + i) % workers == rank for i in range(per_step))
         batches = list(itertools.islice(rows, mine))
         waited = time.perf_counter() - started
 
-        counted = [(1, batch.supervised, batch.positions, batch.images) for batch in batches]
-        n_rows, tokens, positions, images = _sum_over_ranks(*np.sum([(0, 0, 0, 0), *counted], axis=0))
+        counted = [(1, row.supervised, row.positions, row.images, data.flops(row)) for row in batches]
+        sums = (*np.sum([(0, 0, 0, 0, 0), *counted], axis=0), waited, watch.wants_checkpoint())
+        n_rows, tokens, positions, images, flops, all_waited, wishes = _sum_over_ranks(*sums)
         if not n_rows:
             break  # the end of the data, which all ranks see in the same step
+        place = _from_rank((taken + int(n_rows) - 1) % workers, [batch.place for batch in batches])
         taken += per_step
-        place = max((batch.place for batch in batches), default=progress.place)
 
         loss = torch.zeros((), device=strategy.device)
-        for batch in batches + [blank] * (math.ceil(per_step / workers) - len(batches)):
+        passes = batches + [data.blank] * (math.ceil(per_step / workers) - len(batches))
+        for i, batch in enumerate(passes, start=1):
             _seed(settings.seed, batch.place)
-            part = strategy.model(**batch.inputs, num_items_in_batch=max(tokens, 1), **LOSS_ONLY).loss
-            strategy.backward(part)
+            part = strategy.model(
+                **batch.inputs,
+                num_items_in_batch=max(tokens, 1),
+                row_length=settings.data.pack_length,
+                **LOSS_ONLY,
+            ).loss
+            strategy.backward(part, last=i == len(passes))
             loss += part.detach()
 
-        factor = rate_factor(step, settings.steps, settings.optimizer.warmup)
+        progress = replace(progress, step=progress.step + 1, place=place, tokens=progress.tokens + int(tokens))
+        factor = rate_factor(spent, spent_share(settings, data, progress), settings.optimizer)
         for group in strategy.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        norm = strategy.step()
+        (whole_loss,) = _sum_over_ranks(loss.item())
+        norm = strategy.step(partial(watch.accepts, progress.step, whole_loss, partial(_keys, batches)))
 
-        progress = Progress(step + 1, place)
+        (seconds,) = _sum_over_ranks(time.perf_counter() - started)
+        progress = replace(progress, seconds=progress.seconds + seconds / workers)
+        rates = {group["pattern"]: group["lr"] for group in strategy.optimizer.param_groups}
         record = StepRecord(
-            step=step + 1,
-            loss=_sum_over_ranks(loss.item())[0],
-            learning_rate=max(group["lr"] for group in strategy.optimizer.param_groups),
+            step=progress.step,
+            place=place,
+            loss=whole_loss,
+            learning_rate=max(rates.values()),
+            learning_rates=rates,
             gradient_norm=norm,
             tokens=int(tokens),
             positions=int(positions),
             images=int(images),
-            seconds=time.perf_counter() - started,
-            data_wait=waited,
+            flops=flops,
+            seconds=seconds / workers,
+            data_wait=all_waited / workers,
+            spent=spent_share(settings, data, progress),
         )
-        on_step(record)
-        if progress.step % every == 0:
-            saved = _over_all_ranks(progress)
-            on_checkpoint(saved)
+        watch.step(record)
+        if progress.step % settings.evaluation.every == 0 or record.spent >= 1:
+            progress = evaluated = _evaluate(strategy, data, progress, watch)
+        if progress.step % settings.checkpoint.every == 0 or wishes:
+            saved = progress
+            watch.checkpoint(saved)
+    if progress.step > evaluated.step:
+        progress = _evaluate(strategy, data, progress, watch)
     if progress.step > saved.step:
-        saved = _over_all_ranks(progress)
-        on_checkpoint(saved)
-    return saved
+        watch.checkpoint(progress)
+    return progress
 
 
-def _seed(seed: int, place: tuple[int, int, int]) -> None:
+def spent_share(settings: RunSettings, data: Data, progress: Progress) -> float:
+    """The share of the budget that is spent: of the limits that are set, the one nearest to its end."""
+    done = {"steps": progress.step, "tokens": progress.tokens, "minutes": progress.seconds / 60}
+    done["epochs"] = data.epochs(progress.place) if progress.place else 0
+    return max(done[name] / limit for name, limit in settings.budget.items())
+
+
+def _out_of_patience(settings: RunSettings, progress: Progress) -> bool:
+    return 0 < settings.evaluation.patience <= progress.worse
+
+
+def _evaluate(strategy: Strategy, data: Data, progress: Progress, watch: Watch) -> Progress:
+    """The loss on the held-out rows. A rank whose rows have ended runs blank ones until all ranks' have."""
+    started, total, tokens = time.perf_counter(), 0.0, 0
+    rows = iter(data.held_out)
+    strategy.model.eval()
+    with torch.no_grad():
+        while True:
+            row = next(rows, None)
+            supervised = row.supervised if row else 0
+            n_rows, labelled = _sum_over_ranks(row is not None, supervised)
+            if not n_rows:
+                break
+            inputs = (row or data.blank).inputs
+            loss = strategy.model(**inputs, num_items_in_batch=1, **LOSS_ONLY).loss
+            total += _sum_over_ranks(loss.item())[0]
+            tokens += int(labelled)
+    strategy.model.train()
+    if not tokens:
+        return progress
+    loss_now = total / tokens
+    watch.evaluation(Evaluation(progress.step, loss_now, tokens, time.perf_counter() - started))
+    if loss_now < progress.best:
+        return replace(progress, best=loss_now, worse=0)
+    return replace(progress, worse=progress.worse + 1)
+
+
+def _keys(batches: list[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+def _seed(seed: int, place: Place) -> None:
     """A row's dropout is its own: the same on whichever rank it is trained, and when it is trained again."""
     torch.manual_seed(int(np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0]))
 
@@ -143,8 +248,9 @@ def _sum_over_ranks(*values: float) -> list[Any]:
     return total.tolist()
 
 
-def _over_all_ranks(progress: Progress) -> Progress:
-    """The furthest place of any rank: the last row of the last step is one rank's alone."""
-    places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, progress.place)
-    return Progress(progress.step, max((place for place in places if place is not None), default=None))
+def _from_rank(rank: int, places: list[Place]) -> Place:
+    """The last of that rank's `places`, on every rank."""
+    last = torch.tensor(places[-1] if places else (0, 0, 0))
+    dist.broadcast(last, src=rank)
+    epoch, window, row = last.tolist()
+    return epoch, window, row

@@ -19,22 +19,24 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Trained parameters by learning rate and weight decay; biases and norms (one dimension) are not decayed.
+    """Trained parameters by the pattern that gives their learning rate ("" for none) and by weight decay; biases and
+    norms (one dimension) are not decayed. Each group has beside torch's keys `base_lr` and `pattern`.
 
     Raises SettingsError where a learning rate's pattern matches nothing that is trained, or nothing is left to train.
     """
-    rates = dict.fromkeys(model.parameters(), settings.learning_rate)
-    for pattern, rate in settings.learning_rates.items():
+    patterns = dict.fromkeys(model.parameters(), "")
+    for pattern in settings.learning_rates:
         matching = _matching(model, pattern, "--optimizer.learning-rates")
         if not any(parameter.requires_grad for parameter in matching):
             raise SettingsError(f"--optimizer.learning-rates {pattern!r} is for parameters that are frozen; drop it")
-        rates |= dict.fromkeys(matching, rate)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for parameter, rate in rates.items():
+        patterns |= dict.fromkeys(matching, pattern)
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    for parameter, pattern in patterns.items():
         if parameter.requires_grad:
             decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-            group = groups.setdefault((rate, decay), {"params": [], "base_lr": rate, "lr": rate, "weight_decay": decay})
-            group["params"].append(parameter)
+            rate = settings.learning_rates.get(pattern, settings.learning_rate)
+            new = {"params": [], "pattern": pattern, "base_lr": rate, "lr": rate, "weight_decay": decay}
+            groups.setdefault((pattern, decay), new)["params"].append(parameter)
     if not groups:
         raise SettingsError(f"--optimizer.freeze {' '.join(settings.freeze)} leaves nothing to train")
     return list(groups.values())
@@ -48,9 +50,19 @@ def _matching(model: nn.Module, pattern: str, option: str) -> list[nn.Parameter]
     return matching
 
 
-def rate_factor(step: int, steps: int, warmup: float) -> float:
-    """What step `step` (from 0) of `steps` multiplies the learning rate with: linear warm-up, then cosine to zero."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+def rate_factor(before: float, after: float, settings: OptimizerSettings) -> float:
+    """What a step multiplies the learning rates with, by the shares of the budget that are spent before and after it.
+
+    The schedules are those of OptimizerSettings: the cosine is Loshchilov and Hutter's (2017), "wsd" that of Hu et al.
+    (2024).
+    """
+    if before < settings.warmup:
+        return min(1.0, after / settings.warmup)
+    fallen = (before - settings.warmup) / (1 - settings.warmup)
+    match settings.schedule:
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * fallen))
+        case "linear":
+            return 1 - fallen
+        case "wsd":
+            return min(1.0, (1 - before) / settings.cooldown) if settings.cooldown else 1.0

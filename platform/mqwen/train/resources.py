@@ -24,10 +24,17 @@ def require(bundle: dict[str, float], count: int, wait: float) -> None:
             total, free = ray.cluster_resources(), ray.available_resources()
             has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in bundle)
             asked = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+            way_out = (
+                "Ask for fewer or smaller workers, or for time to wait for more with --parallel.wait-for-resources"
+            )
+            if "GPU" in bundle and not total.get("GPU"):
+                way_out = (
+                    "Add a node with GPUs; a small model can be trained without, with --parallel.gpus-per-worker 0 "
+                    "--model.precision float32"
+                )
             raise ResourcesError(
                 f"{count} workers with {asked} each were asked for; the cluster has {has} on {_alive()} nodes, whose "
-                f"sizes fit {fits} of them. Ask for fewer or smaller workers, or for time to wait for more with "
-                "--parallel.wait-for-resources"
+                f"sizes fit {fits} of them. {way_out}"
             )
         time.sleep(1)
 

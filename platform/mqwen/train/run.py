@@ -4,55 +4,75 @@ RUNS/NAME/settings.json     what it computes
 RUNS/NAME/model/            configuration, tokenizer and processor: an artifact without weights
 RUNS/NAME/checkpoints/      see checkpoint.py
 RUNS/NAME/metrics/          one line a step
+RUNS/NAME/evaluations/      one line an evaluation
+RUNS/NAME/tensorboard/      both, for TensorBoard
+RUNS/NAME/profile/          see profile.py
+RUNS/NAME/report.html       see report.py
 RUNS/NAME/starts/           see provenance.py
+RUNS/NAME/driver-ID.json    see claim.py
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import ray.data
+import ray
 import ray.train
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mqwen.errors import UserError
 from mqwen.model import MQWenConfig, MQWenProcessor
-from mqwen.storage import Location, writable
-from mqwen.telemetry import training
-from mqwen.train import checkpoint
-from mqwen.train.loop import Batch, Progress
+from mqwen.storage import Location, readable, writable
+from mqwen.train import checkpoint, spares
+from mqwen.train.claim import claimed
+from mqwen.train.cost import Cost
 from mqwen.train.provenance import record_start
 from mqwen.train.resources import require
 from mqwen.train.settings import RunSettings, SettingsError
-from mqwen.train.worker import Rows, Task, work
+from mqwen.train.worker import Feed, Task, work
 
 SETTINGS = "settings.json"
 # What may change when a run goes on: none of it changes what a step computes.
-FREE_TO_CHANGE = ("parallel", "checkpoint", "log_every", "runs")
+FREE_TO_CHANGE = ("parallel", "compute", "checkpoint", "log_every", "profile", "runs")
+
+
+# What PyTorch says where memory ends on the CPU, for which it has no error of its own.
+NO_CPU_MEMORY = "can't allocate memory"
 
 
 class TrainingError(UserError):
     """The workers failed more often than they may. The message is each rank's own, once."""
 
-    def __init__(self, error: ray.train.WorkerGroupError) -> None:
+    def __init__(self, worker_failures: dict[int, Exception]) -> None:
         reasons: dict[str, list[int]] = {}
-        for rank, failure in error.worker_failures.items():
+        for rank, failure in worker_failures.items():
             cause = getattr(failure, "cause", failure)  # Ray wraps what a worker raised
-            reasons.setdefault(f"{type(cause).__name__}: {cause}", []).append(rank)
+            reasons.setdefault(_reason(cause), []).append(rank)
         listed = "; ".join(f"rank {', '.join(map(str, ranks))}: {reason}" for reason, ranks in reasons.items())
         super().__init__(f"training stopped, its checkpoints stay. {listed}")
 
 
-def open_run(settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> Location:
-    """The run's folder, new or to be continued.
+@contextmanager
+def open_run(settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> Iterator[Location]:
+    """The run's folder, new or to be continued, and no other driver's while it is open.
 
-    Raises SettingsError where a run of that name exists with other settings, StorageError where none can be written.
+    Raises SettingsError where a run of that name exists with other settings, RunInUseError where it is open elsewhere,
+    StorageError where none can be written.
     """
     run = writable(settings.runs) / settings.name
+    with claimed(run):
+        _begin(run, settings, config, processor)
+        yield run
+
+
+def _begin(run: Location, settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> None:
     mine = json.loads(json.dumps(asdict(settings)))
     if (run / SETTINGS).exists():
         theirs = json.loads((run / SETTINGS).read_bytes())
@@ -68,55 +88,52 @@ def open_run(settings: RunSettings, config: MQWenConfig, processor: MQWenProcess
             for file in Path(local).iterdir():
                 (run / "model" / file.name).upload(file)
     (run / SETTINGS).write_bytes(json.dumps(mine, indent=1).encode())
-    return run
 
 
-def train_run(
-    settings: RunSettings,
-    run: Location,
-    config: MQWenConfig,
-    dataset: Callable[[Progress], ray.data.Dataset],
-    split: ray.train.DataConfig,
-    rows: Rows,
-    blank: Batch,
-) -> ray.train.Result:
-    """Trains until the last step. `dataset` gives the rows from a progress on; `rows` reads one rank's of them.
+def _reason(cause: Exception) -> str:
+    reason = f"{type(cause).__name__}: {cause}"
+    if isinstance(cause, torch.OutOfMemoryError | ray.exceptions.OutOfMemoryError) or NO_CPU_MEMORY in reason:
+        return (
+            f"out of memory ({reason}). A row is what one forward pass takes: lower --data.packs-per-row or "
+            "--data.pack-length; weights and optimizer are shared out: more --parallel.workers; blocks gathered in the "
+            "forward pass stay for the backward one without --parallel.reshard-after-forward"
+        )
+    return reason
+
+
+def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: Feed, cost: Cost) -> None:
+    """Trains until the budget is spent.
 
     Raises ResourcesError before a worker starts where the cluster has no room for all of them.
     """
-    require(settings.parallel.bundle, settings.parallel.workers, settings.parallel.wait_for_resources)
+    parallel = settings.parallel
+    require(parallel.bundle, parallel.fewest, parallel.wait_for_resources)
     record_start(run)
-    gpus = settings.parallel.gpus_per_worker
-
-    def dataset_from_checkpoint() -> ray.data.Dataset:
-        """Called at each start of the worker group: after a failure the stream starts where the checkpoint stands."""
-        training.WORKER_GROUP_STARTS.add(run=settings.name)
-        return dataset(checkpoint.progress(run))
-
-    # Ray's own list of checkpoints is bound to its version and to checkpoints that are still there. Ours is the
-    # committed checkpoints themselves, so every job starts with a list of its own.
-    (checkpoint.folder(run) / "checkpoint_manager_snapshot.json").delete()
+    gpus = parallel.gpus_per_worker
+    source = readable(settings.model.init_from) if settings.model.init_from else None
+    productive = checkpoint.progress(run).seconds
     trainer = TorchTrainer(
         work,
-        train_loop_config={"task": Task(settings, run, config, rows, blank)},
+        train_loop_config={"task": Task(settings, run, config, source, feed, cost, time.time(), productive)},
         # Counts are summed over gloo beside the gradients' NCCL, so that no step waits for the GPU to count.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.parallel.workers,
+            num_workers=parallel.workers if parallel.min_workers is None else (parallel.fewest, parallel.workers),
             use_gpu=bool(gpus),
-            resources_per_worker=settings.parallel.bundle,
+            resources_per_worker=parallel.bundle,
         ),
-        datasets={"train": dataset_from_checkpoint},
-        dataset_config=split,
+        # Ray is told of no checkpoint: its list of them would have to be right, and at hand, for a run to go on. What
+        # counts are the committed ones, which workers find in the run's folder.
         run_config=ray.train.RunConfig(
             name=checkpoint.FOLDER,
             storage_path=run.path,
             storage_filesystem=run.filesystem,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            failure_config=ray.train.FailureConfig(max_failures=settings.parallel.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=parallel.max_failures),
+            worker_runtime_env={"env_vars": spares.environment()} if parallel.spares else {},
         ),
     )
     try:
-        return trainer.fit()
+        trainer.fit()
     except ray.train.WorkerGroupError as error:
-        raise TrainingError(error) from error
+        raise TrainingError(error.worker_failures) from error

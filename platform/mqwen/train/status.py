@@ -12,7 +12,7 @@ from ray.job_submission import JobDetails
 from mqwen.storage import Location
 from mqwen.train import checkpoint
 from mqwen.train.provenance import Start, last_start
-from mqwen.train.report import read_metrics
+from mqwen.train.records import REPORT, read_metrics
 from mqwen.train.run import SETTINGS
 
 State = Literal["finished", "running", "failed", "stopped"]
@@ -20,12 +20,13 @@ State = Literal["finished", "running", "failed", "stopped"]
 
 @dataclass(frozen=True)
 class RunStatus:
-    """`step` of `steps` is what the committed checkpoints hold, which lie at the steps `checkpoints`."""
+    """`step` of `steps`, if their number is the limit, is what the committed checkpoints hold, which lie at the steps
+    `checkpoints`."""
 
     name: str
     state: State
     step: int
-    steps: int
+    steps: int | None
     loss: float | None
     checkpoints: list[int]
     started: Start | None
@@ -39,11 +40,11 @@ def run_statuses(runs: Location, jobs: list[JobDetails]) -> list[RunStatus]:
 
 def _status(run: Location, jobs: list[JobDetails]) -> RunStatus:
     steps = json.loads((run / SETTINGS).read_bytes())["steps"]
-    saved = [checkpoint.read_commit(one).step for one in checkpoint.committed(run)]
+    saved = [checkpoint.read_commit(one).progress.step for one in checkpoint.committed(run)]
     records, start = read_metrics(run), last_start(run)
     step = saved[-1] if saved else 0
     loss = next((record["loss"] for record in records if record["step"] == step), None)
-    state: State = "finished" if step >= steps else _state(start, jobs)
+    state: State = "finished" if (run / REPORT).exists() else _state(start, jobs)
     return RunStatus(run.name, state, step, steps, loss, saved, start)
 
 

@@ -1,113 +1,179 @@
-"""What each training worker does: model, strategy, checkpoint, data, loop. Ray Train starts one on every rank."""
+"""What each training worker does: data, model, strategy, checkpoint, loop. Ray Train starts one on every rank."""
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 
 from mqwen.model import MQWenConfig
-from mqwen.storage import Location
-from mqwen.train import checkpoint
+from mqwen.storage import Location, retried
+from mqwen.telemetry import training
+from mqwen.train import checkpoint, spares
 from mqwen.train.build import build_model
-from mqwen.train.emit import emit_checkpoint, emit_step
-from mqwen.train.loop import Batch, Progress, StepRecord, train
+from mqwen.train.cost import Cost
+from mqwen.train.emit import emit_checkpoint
+from mqwen.train.guard import RECENT, Guard
+from mqwen.train.hardware import ceiling
+from mqwen.train.loop import Batch, Data, Evaluation, Place, Progress, StepRecord, Watch, train
+from mqwen.train.metrics import Metrics
+from mqwen.train.preemption import Notice
+from mqwen.train.profile import StepProfiler
+from mqwen.train.records import read_metrics
+from mqwen.train.saver import Saver
 from mqwen.train.settings import RunSettings
-from mqwen.train.strategy import STRATEGIES
+from mqwen.train.strategy import make_strategy
+from mqwen.train.watchdog import Watchdog
 
+Split = Callable[[Progress, int], list[Any]]
+"""Given the progress to start from and the number of workers: what each of them reads its rows from."""
 Rows = Callable[[Any, Progress], Iterator[Batch]]
-"""Given Ray's iterator and the progress to start from: this rank's rows."""
+"""Given one of those and the progress: this rank's rows. It asks for the first at once, beside its caller."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where every worker finds its rows.
+
+    `held_out` are those of a rank of so many, from the beginning; None is none. `epochs` says how many epochs lie
+    before a place.
+    """
+
+    split: Split
+    rows: Rows
+    blank: Batch
+    epochs: Callable[[Place], float]
+    held_out: Callable[[int, int], Iterator[Batch]] | None = None
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """A rank's held-out rows, as often as they are iterated."""
+
+    share: Callable[[int, int], Iterator[Batch]]
+    rank: int
+    workers: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.share(self.rank, self.workers)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the driver sends to every worker."""
+    """What the driver sends to every worker. `source` holds the weights to start from, None makes fresh ones.
+
+    The job `started` at a Unix time, when checkpoints held `productive` seconds of steps.
+    """
 
     settings: RunSettings
     run: Location
     config: MQWenConfig
-    rows: Rows
-    blank: Batch
+    source: Location | None
+    feed: Feed
+    cost: Cost
+    started: float
+    productive: float
 
 
 def work(config: dict[str, Task]) -> None:
     task = config["task"]
-    settings, rank = task.settings, ray.train.get_context().get_world_rank()
+    settings, rank, workers = task.settings, dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(settings.parallel.cpus_per_worker)
-    # It would report each rank's share of each checkpoint.
-    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
-    device = ray.train.torch.get_device()
+    if rank == 0:
+        training.WORKER_GROUP_STARTS.add(run=settings.name)
+    expected = checkpoint.progress(task.run)
+    rows = _begin_reading(task, expected)  # beside all that comes before the first step
 
-    model = build_model(settings, task.config).to(device)
+    device = ray.train.torch.get_device()
+    model = build_model(settings, task.config, task.source).to(device)
     model.train()
-    shard = STRATEGIES[settings.parallel.strategy]
-    strategy = shard(model, list(model.transformer.h), settings.parallel, settings.optimizer)
+    strategy = make_strategy(model, list(model.transformer.h), settings)
 
     progress = Progress()
-    if latest := checkpoint.latest(task.run):
+    if checkpoint.committed(task.run):
         state = strategy.state()
-        progress = checkpoint.load(latest, state).progress
+        progress = checkpoint.resume(task.run, state)
         strategy.load_state(state)
-        _say(rank, f"resumed from {latest}")
+        place = checkpoint.step_folder(task.run, progress.step)
+        _say(rank, f"resumed from {place} with {workers} workers")
+    if progress != expected:  # the newest was damaged
+        rows = _begin_reading(task, progress)
 
-    rows = task.rows(ray.train.get_dataset_shard("train"), progress)
-    metrics = _Metrics(task.run, settings, rank)
+    metrics, profiler = None, None
+    if rank == 0:
+        peak = ceiling(device, settings.model.precision)
+        print(f"MFU is of {peak.source}, times {workers}", flush=True)
+        metrics = Metrics(settings, device, peak, workers, task.started, progress.seconds - task.productive)
+        profiler = StepProfiler(task.run, settings.profile, progress.step) if settings.profile else None
+    saver = Saver(task.run, settings)
+    watchdog = Watchdog(task.run, rank, settings.parallel.hang_timeout)
+    guard = Guard(settings.guard, task.run, _recent(task.run, progress))
+    notice = Notice()
+    saved = progress
+
+    def save(now: Progress) -> None:
+        nonlocal saved
+        started = time.perf_counter()
+        loss, files = (metrics.loss, metrics.take()) if metrics else (None, {})
+        saver.save(strategy.state(), now, loss, files, lambda: emit_checkpoint(settings.name, started))
+        saved = now
+        notice.heard()
 
     def on_step(record: StepRecord) -> None:
-        metrics.add(record)
-        if rank == 0:
-            emit_step(settings.name, record)
+        watchdog.alive()
+        saver.check()
+        if metrics:
+            metrics.step(record)
+        if profiler:
+            profiler.step()
+
+    def on_evaluation(evaluation: Evaluation) -> None:
+        watchdog.alive()
+        if metrics:
+            metrics.evaluation(evaluation)
 
     def on_checkpoint(now: Progress) -> None:
-        started = time.perf_counter()
-        metrics.write()  # first: of a committed step the metrics are there
-        target = checkpoint.save(task.run, strategy.state(), now, settings)
-        if rank == 0:
-            emit_checkpoint(settings.name, time.perf_counter() - started)
-        saved = ray.train.Checkpoint(target.path, target.filesystem)
-        mode = ray.train.CheckpointUploadMode.NO_UPLOAD  # it is there already, committed
-        ray.train.report(metrics.last, checkpoint=saved, checkpoint_upload_mode=mode)
-        _say(rank, f"step {now.step}: checkpoint {target}")
+        if saver.busy():
+            _say(rank, f"step {now.step}: no checkpoint, that of step {saved.step} is still being written")
+        else:
+            save(now)
 
-    train(settings, strategy, rows, task.blank, progress, on_step, on_checkpoint)
+    if settings.parallel.spares:
+        spares.ask(1 if rank else 1 + spares.READING)
+    feed = task.feed
+    held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
+    data = Data(rows, feed.blank, held_out, task.cost.of, feed.epochs)
+    watch = Watch(on_step, on_checkpoint, on_evaluation, guard.accepts, notice.given)
+    with watchdog.watching():
+        last = train(settings, strategy, data, progress, watch)
+    saver.wait()
+    if saved.step != last.step:  # left out, as the one before was not written yet
+        save(last)
+        saver.wait()
+    for name, content in metrics.take().items() if metrics else ():  # an evaluation after the last checkpoint
+        retried(partial((task.run / name).write_bytes, content))
 
 
-class _Metrics:
-    """The records of the steps since the last checkpoint. With it they become a file of the run, so that the run's
-    metrics are those of the steps that count, whatever was lost on the way."""
+def _begin_reading(task: Task, progress: Progress) -> Iterator[Batch]:
+    """This rank's rows from a progress on. The first is read while the caller does other things."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    if dist.get_rank() == 0:
+        parts = task.feed.split(progress, len(parts))
+    dist.broadcast_object_list(parts, device=torch.device("cpu"))
+    return task.feed.rows(parts[dist.get_rank()], progress)
 
-    def __init__(self, run: Location, settings: RunSettings, rank: int) -> None:
-        self._run, self._settings, self._rank = run, settings, rank
-        self._records: list[StepRecord] = []
-        self.last: dict[str, float] = {}
 
-    def add(self, record: StepRecord) -> None:
-        self._records.append(record)
-        self.last = asdict(record)
-        every = self._settings.log_every
-        if record.step % every == 0 or record.step in (1, self._settings.steps):
-            recent = self._records[-every:]
-            seconds = sum(r.seconds for r in recent)
-            _say(
-                self._rank,
-                f"step {record.step}/{self._settings.steps}  loss {record.loss:.6f}  lr {record.learning_rate:.2e}  "
-                f"norm {record.gradient_norm:.3f}  {sum(r.positions for r in recent) / seconds:,.0f} positions/s  "
-                f"{sum(r.images for r in recent) / seconds:,.0f} images/s  "
-                f"data wait {sum(r.data_wait for r in recent) / seconds:.1%}",
-            )
-
-    def write(self) -> None:
-        if self._rank == 0 and self._records:
-            lines = "".join(json.dumps(asdict(record)) + "\n" for record in self._records)
-            (self._run / "metrics" / f"step-{self._records[0].step:08d}.jsonl").write_bytes(lines.encode())
-        self._records = []
+def _recent(run: Location, progress: Progress) -> list[tuple[float, float]]:
+    """Loss and gradient norm of the last steps up to a progress."""
+    records = [record for record in read_metrics(run) if record["step"] <= progress.step] if progress.step else []
+    return [(record["loss"], record["gradient_norm"]) for record in records[-2 * RECENT :]]
 
 
 def _say(rank: int, text: str) -> None:

@@ -99,7 +99,7 @@ def draw(split: Split, random: np.random.Generator, count: int | None = None) ->
 
 @dataclass(frozen=True)
 class DigitsSource:
-    """`pictures` conversations, each about one drawn picture; the same seed draws the same."""
+    """The demo's: `pictures` of handwritten digits, each with a question. The same seed draws the same."""
 
     pictures: int
     seed: int = 0

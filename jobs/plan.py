@@ -1,0 +1,69 @@
+"""Plan: the memory and the time that a recipe needs on so many GPUs of a kind, before any is there.
+
+python jobs/plan.py --recipe sft-full --gpus 8 --kind H200 [--data.pack-length 8192 and all other options of a training]
+"""
+
+from dataclasses import dataclass, field, replace
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mqwen import cli
+from mqwen.model import MQWenConfig
+from mqwen.train.build import starting_point
+from mqwen.train.estimate import Load, estimate
+from mqwen.train.hardware import CARDS, REACHED
+from mqwen.train.recipes import QWEN_7B, recipe
+from mqwen.train.settings import RunSettings, SettingsError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`reached` is the share of the card's rate that the model's computations are taken to reach."""
+
+    recipe: str
+    gpus: int = 1
+    kind: str = "H200"
+    reached: float = REACHED
+    load: tyro.conf.OmitArgPrefixes[Load] = field(default_factory=Load)
+
+
+def sizes(settings: RunSettings) -> MQWenConfig:
+    """The artifact's that the recipe starts from, or else those of the models that it is for."""
+    if settings.model.init_from or settings.tokenizer:
+        return starting_point(settings)[0]
+    return MQWenConfig(**(QWEN_7B if settings.name.endswith("-7b") else settings.model.config))
+
+
+def main() -> None:
+    plan, rest = tyro.cli(Plan, description=__doc__, return_unknown_args=True)
+    if plan.kind not in CARDS:
+        raise SettingsError(f"--kind {plan.kind} is unknown; known are {', '.join(CARDS)}")
+    settings = tyro.cli(RunSettings, default=recipe(plan.recipe), args=rest)
+    settings = replace(settings, parallel=replace(settings.parallel, workers=plan.gpus))
+    settings.parallel.check()
+    card, found = CARDS[plan.kind], estimate(settings, sizes(settings), plan.load)
+
+    table = Table("in memory", "GiB", title=f"{plan.recipe} on {plan.gpus} {plan.kind}, each")
+    for what, size in found.memory.items():
+        table.add_row(what, f"{size / 2**30:.2f}")
+    table.add_row("all", f"{found.bytes / 2**30:.2f} of {card.memory / 2**30:.1f}", style="bold")
+    Console().print(table)
+    seconds = found.flops / (plan.gpus * card.flops * plan.reached)
+    steps = f", {settings.steps * seconds / 3600:.2f} h for {settings.steps:,} steps" if settings.steps else ""
+    print(
+        f"{found.parameters / 1e9:.2f}e9 weights, {found.trained / 1e9:.3f}e9 of them trained; a step of "
+        f"{found.positions:,} positions takes {found.flops / 1e12:,.0f} TFLOP: {seconds:.2f} s{steps}, "
+        f"{found.positions / seconds:,.0f} positions/s, where {plan.reached:.0%} of {card.flops / 1e12:.0f} TFLOP/s "
+        "are reached"
+    )
+    if found.bytes > card.memory:
+        raise SettingsError(
+            "it does not fit: take more --gpus, fewer --data.packs-per-row, --parallel.offload weights, or a sharding "
+            "--parallel.strategy"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

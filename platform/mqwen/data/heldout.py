@@ -1,0 +1,25 @@
+"""Held-out rows: every rank reads its own from storage, once from beginning to end, each time they are iterated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mqwen.data.batch import Batch, unpack
+from mqwen.data.order import Order, Position
+from mqwen.data.reader import WindowReader
+from mqwen.model import MQWenProcessor
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The rows of an order's first epoch. Window i is rank i mod workers', so `order` should have small ones."""
+
+    order: Order
+    processor: MQWenProcessor
+
+    def share(self, rank: int, workers: int) -> Iterator[Batch]:
+        reader = WindowReader(self.order, self.processor, Position())
+        for window in range(rank, self.order.windows, workers):
+            for row in reader.rows(window):
+                yield unpack(row, self.order.settings.packs_per_row, self.processor.image_size)

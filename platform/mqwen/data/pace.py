@@ -1,0 +1,27 @@
+"""How often Ray Data's scheduler looks for work. It needs no torch: the scheduler and every reading task import it."""
+
+from __future__ import annotations
+
+import time
+
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+LONGEST_PAUSE = 0.05  # seconds
+
+
+class Pace(ExecutionCallback):
+    """Ray Data's scheduler looks again at once while readers wait for room; on a small machine that costs a core.
+
+    Here it waits, the longer the longer nothing was read: up to LONGEST_PAUSE seconds.
+    """
+
+    def __init__(self) -> None:
+        self._done, self._pause = 0, 0.0
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        metrics = [operator.metrics for operator in executor._topology]
+        done = sum(metric.num_tasks_submitted + metric.num_task_outputs_generated for metric in metrics)
+        self._pause = min(LONGEST_PAUSE, 1.5 * self._pause + 0.0005) if done == self._done else 0.0
+        self._done = done
+        time.sleep(self._pause)

@@ -1,0 +1,70 @@
+"""What a row trained on, found again from the order alone: which samples, where from, how long."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mqwen.data.encode import encode
+from mqwen.data.errors import SampleError
+from mqwen.data.order import Place
+from mqwen.data.reader import WindowReader
+from mqwen.data.runs import Samples
+from mqwen.data.sample import Sample
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A sample that a row held. `place` is the row's epoch, window and number, `pack` counts in the row, -1 for none.
+
+    `positions` are those that it takes, of which `tokens` are text and a placeholder for each of its `images`.
+    `reason` says why it was left out, or "".
+    """
+
+    place: tuple[int, int, int]
+    pack: int
+    key: str
+    source: str
+    tokens: int
+    images: int
+    positions: int
+    reason: str
+
+
+def trace(reader: WindowReader, skipped: int, rows: int) -> Iterator[Traced]:
+    """The samples of `rows` rows, after the first `skipped` rows from the reader's start. Reads no other samples."""
+    for number in itertools.count():
+        plan = reader.plan(number)
+        wanted = range(reader.start.row if number == 0 else 0, len(plan.rows))
+        taken = wanted[skipped : skipped + rows]
+        skipped -= min(skipped, len(wanted))
+        rows -= len(taken)
+        epoch, window = reader.place(number)
+        for row in taken:
+            packs = [[plan.samples[i] for i in pack] for pack in plan.rows[row]]
+            samples = Samples(reader.order.datasets, [place for pack in packs for place in pack])
+            for n, pack in enumerate(packs):
+                for place in pack:
+                    yield _traced(reader, (epoch, window, row), n, place, samples.read(place))
+            for i in plan.too_long[row]:
+                most = reader.order.settings.pack_length
+                too_long = SampleError("too long", f"data.pack_length allows {most}")
+                yield _traced(reader, (epoch, window, row), -1, plan.samples[i], too_long)
+        if not rows:
+            return
+
+
+def _traced(
+    reader: WindowReader, row: tuple[int, int, int], pack: int, place: Place, found: Sample | SampleError
+) -> Traced:
+    source, reason = "", ""
+    try:
+        if isinstance(found, SampleError):
+            raise found
+        source = found.source
+        encode(reader.processor, found)
+    except SampleError as error:
+        reason = str(error)
+    positions = reader.order.settings.positions(place.tokens, place.images)
+    return Traced(row, pack, place.key, source, place.tokens, place.images, positions, reason)

@@ -1,0 +1,128 @@
+"""The candidate beside the one that answers clients now: both are asked the same questions over HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from random import Random
+from statistics import median
+
+from rich.table import Table
+
+from mqwen.data.dataset import Dataset
+from mqwen.data.order import Place
+from mqwen.data.runs import Samples
+from mqwen.data.sample import Sample
+from mqwen.evaluate.metrics import exact_match
+from mqwen.model.chat import text_of
+from mqwen.release.client import Chat, Reply, Server, ask
+from mqwen.release.errors import ReleaseError
+from mqwen.storage import Location
+
+
+@dataclass(frozen=True)
+class Canary:
+    """`questions` of the set are asked, drawn by `seed`. The candidate must answer all of them, and at most a share
+    `allowed_drop` of them less often right than the live model."""
+
+    questions: int = 100
+    allowed_drop: float = 0.0
+    max_tokens: int = 64
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ReleaseError for numbers out of range."""
+        for option, value, least, most in (
+            ("questions", self.questions, 1, 100_000),
+            ("allowed-drop", self.allowed_drop, 0, 1),
+            ("max-tokens", self.max_tokens, 1, 100_000),
+        ):
+            if not least <= value <= most:
+                raise ReleaseError(f"--canary.{option} is {value}; {least} to {most} is allowed")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One server's replies to the canary's questions."""
+
+    replies: list[Reply]
+    right: int
+
+    @property
+    def failed(self) -> int:
+        return sum(bool(reply.error) for reply in self.replies)
+
+    @property
+    def median_seconds(self) -> float:
+        return median([reply.seconds for reply in self.replies if not reply.error] or [0.0])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`live` is None where nothing answers clients yet."""
+
+    samples: list[Sample]
+    candidate: Answers
+    live: Answers | None
+
+    def check(self, canary: Canary) -> None:
+        """Raises ReleaseError where the candidate must not become the live one."""
+        if self.candidate.failed:
+            first = next(reply.error for reply in self.candidate.replies if reply.error)
+            raise ReleaseError(
+                f"{self.candidate.failed} of {len(self.samples)} canary questions got no answer, the first: {first}"
+            )
+        if self.live and self.live.right - self.candidate.right > canary.allowed_drop * len(self.samples):
+            raise ReleaseError(
+                f"of {len(self.samples)} canary questions the candidate answers {self.candidate.right} right, the live "
+                f"model {self.live.right}; --canary.allowed-drop {canary.allowed_drop} allows no such drop"
+            )
+
+    def table(self) -> Table:
+        table = Table("", "questions", "right", "no answer", "median seconds")
+        for name, answers in (("candidate", self.candidate), ("live", self.live)):
+            if answers:
+                figures = len(self.samples), answers.right, answers.failed, f"{answers.median_seconds:.3f}"
+                table.add_row(name, *map(str, figures))
+        return table
+
+    def write(self, file: Location) -> None:
+        """One JSON line a question, with both answers."""
+        lives = self.live.replies if self.live else [None] * len(self.samples)
+        lines = [
+            {"key": sample.key, "expected": text_of(sample.messages[-1]), "candidate": asdict(candidate)}
+            | ({"live": asdict(live)} if live else {})
+            for sample, candidate, live in zip(self.samples, self.candidate.replies, lives, strict=True)
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def compare(
+    canary: Canary,
+    dataset: Dataset,
+    places: Sequence[Place],
+    candidate: Server,
+    live: Server | None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Comparison:
+    """Asks both each question. Raises ReleaseError where the set has no readable sample."""
+    drawn = Random(canary.seed).sample(list(places), min(canary.questions, len(places)))
+    reader = Samples([dataset], drawn)
+    samples = [sample for place in drawn if isinstance(sample := reader.read(place), Sample)]
+    if not samples:
+        raise ReleaseError(
+            f"none of the {len(drawn)} samples drawn from {dataset.location} can be read; name another canary set"
+        )
+    chats = [Chat(sample.messages[:-1], sample.pictures) for sample in samples]
+
+    def answers(server: Server) -> Answers:
+        replies = ask(server, chats, canary.max_tokens, progress)
+        expected = [text_of(sample.messages[-1]) for sample in samples]
+        right = [
+            not reply.error and exact_match(reply.text, text) for reply, text in zip(replies, expected, strict=True)
+        ]
+        return Answers(replies, sum(right))
+
+    return Comparison(samples, answers(candidate), answers(live) if live else None)

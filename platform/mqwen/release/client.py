@@ -1,0 +1,92 @@
+"""Chats asked over HTTP, as clients ask them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+AT_ONCE = 16  # requests under way
+TIMEOUT = 60.0  # seconds for one answer
+
+
+@dataclass(frozen=True)
+class Server:
+    """`url` is what /v1 follows, `key` what clients send (it may be empty), `model` the name that they ask for."""
+
+    url: str
+    key: str
+    model: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """`messages` as `mqwen.model.chat` takes them, with `pictures` (files' bytes) in the order of their image parts."""
+
+    messages: Sequence[dict[str, Any]]
+    pictures: Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """`error` is why there is no text, or ""."""
+
+    text: str = ""
+    seconds: float = 0.0
+    error: str = ""
+
+
+def ask(
+    server: Server, chats: Sequence[Chat], max_tokens: int, progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[Reply]:
+    """The greedy answer to each chat; `progress` is told how many came of how many."""
+
+    async def ask_all() -> list[Reply]:
+        gate, done = asyncio.Semaphore(AT_ONCE), 0
+        async with httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=TIMEOUT) as client:
+
+            async def ask_one(chat: Chat) -> Reply:
+                nonlocal done
+                body = {"model": server.model, "messages": _spoken(chat), "max_tokens": max_tokens, "temperature": 0}
+                async with gate:
+                    started = time.perf_counter()
+                    try:
+                        response = await client.post("/v1/chat/completions", json=body)
+                        response.raise_for_status()
+                        text = response.json()["choices"][0]["message"]["content"]
+                        reply = Reply(text, time.perf_counter() - started)
+                    except (httpx.HTTPError, ValueError, KeyError) as error:
+                        reply = Reply(error=f"{type(error).__name__}: {error}".splitlines()[0])
+                done += 1
+                progress(done, len(chats))
+                return reply
+
+            return list(await asyncio.gather(*map(ask_one, chats)))
+
+    return asyncio.run(ask_all())
+
+
+def _spoken(chat: Chat) -> list[dict[str, Any]]:
+    """The messages in OpenAI's form."""
+    waiting = iter(chat.pictures)
+
+    def part(one: dict[str, Any]) -> dict[str, Any]:
+        if one["type"] != "image":
+            return {"type": "text", "text": one["text"]}
+        data = base64.b64encode(next(waiting)).decode()
+        return {"type": "image_url", "image_url": {"url": f"data:image/unknown;base64,{data}"}}
+
+    return [
+        {"role": message["role"], "content": content if isinstance(content, str) else list(map(part, content))}
+        for message in chat.messages
+        for content in [message["content"]]
+    ]

@@ -1,0 +1,222 @@
+"""What a recipe needs before it runs: memory of a worker, operations and time of a step.
+
+Weights, gradients and optimizer state follow from the strategy. What a forward and a backward pass hold beside them is
+counted: the model runs once on tensors without memory, one row, and every tensor is counted as long as it lives. That
+takes a recipe's precision and every memory option into account, as they are what runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mqwen.model import MQWenConfig, MQWenLMHeadModel
+from mqwen.model.chat import IGNORED
+from mqwen.model.loss import labelled_loss
+from mqwen.train.build import outline
+from mqwen.train.cost import cost_of
+from mqwen.train.settings import DataSettings, RunSettings, SettingsError
+
+BUCKET = 500_000_000  # elements of gradients that ZeRO collects before it reduces them
+FLOAT = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is in a pack, beside that it is full: pictures, conversations of equal length, and the share of positions
+    that are labelled."""
+
+    pictures: int = 4
+    conversations: int = 4
+    labelled: float = 0.15
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A batch as the loop takes it."""
+
+    inputs: dict[str, Tensor]
+    supervised: int
+    positions: int
+    images: int
+    place: tuple[int, int, int] = (0, 0, 0)
+    keys: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one worker's memory, by what is in them, and floating-point operations of a step over all workers.
+
+    `parameters` counts all and `trained` those that learn.
+    """
+
+    memory: dict[str, float]
+    flops: float
+    positions: int
+    parameters: int
+    trained: int
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.memory.values())
+
+
+def estimate(settings: RunSettings, config: MQWenConfig, load: Load) -> Estimate:
+    """Raises SettingsError as `build.outline`, and where a pack cannot hold what `load` says."""
+    model = outline(settings, config)
+    row = planned_row(settings.data, config, load)
+    sizes = _Sizes.of(model, settings)
+    memory = _states(sizes, settings) | {"row": _held(settings, config, row)}
+    rows = settings.data.rows_per_step
+    return Estimate(memory, cost_of(model).of(row) * rows, row.positions * rows, sizes.all, sizes.trained)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of weights: all, those trained, of one block, of what is in no block, and of the largest unit's trained
+    ones. `compute` is the bytes of one in the passes."""
+
+    all: int
+    trained: int
+    block: int
+    rest: int
+    largest: int
+    compute: int
+
+    @classmethod
+    def of(cls, model: MQWenLMHeadModel, settings: RunSettings) -> _Sizes:
+        blocks = list(model.transformer.h)
+        trained = _count(model, trained=True)
+        own = _count(blocks[0], trained=True)
+        return cls(
+            all=_count(model),
+            trained=trained,
+            block=_count(blocks[0]),
+            rest=_count(model) - len(blocks) * _count(blocks[0]),
+            largest=max(own, trained - len(blocks) * own),
+            compute=2 if settings.model.precision == "bfloat16" else FLOAT,
+        )
+
+
+def _count(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def _states(sizes: _Sizes, settings: RunSettings) -> dict[str, float]:
+    """Bytes of weights, gradients and Adam's two moments on one worker, and of what the strategy gathers meanwhile."""
+    parallel = settings.parallel
+    workers = parallel.workers
+    if parallel.strategy == "fsdp2":
+        shard = parallel.shard or workers
+        gathered = sizes.rest + 2 * sizes.block if parallel.reshard_after_forward else sizes.all
+        memory = {
+            "weights": FLOAT * sizes.all / shard,
+            "gradients": FLOAT * sizes.trained / shard,
+            "optimizer": 2 * FLOAT * sizes.trained / shard,
+            "gathered weights": float(sizes.compute * gathered),
+            "gathered gradients": float((sizes.compute + FLOAT) * sizes.largest),
+        }
+    else:
+        stage = int(parallel.strategy[-1])
+        bucket = sizes.compute * min(BUCKET, sizes.trained)
+        memory = {
+            "weights": sizes.compute * sizes.all / (workers if stage == 3 else 1) + FLOAT * sizes.trained / workers,
+            "gradients": sizes.compute * sizes.trained / (1 if stage == 1 else workers)
+            + (FLOAT * sizes.trained / workers if sizes.compute != FLOAT else 0),
+            "optimizer": 2 * FLOAT * sizes.trained / workers,
+            "gathered weights": float(sizes.compute * sizes.all) if stage == 3 else 0.0,
+            "gathered gradients": float(bucket),
+        }
+    if parallel.offload == "weights":
+        memory |= {"weights": 0.0, "gradients": 0.0}
+    if parallel.offload != "nothing":
+        memory["optimizer"] = 0.0
+    return memory
+
+
+def planned_row(data: DataSettings, config: MQWenConfig, load: Load) -> PlannedRow:
+    """A full row. Raises SettingsError where its pictures do not fit."""
+    length, patches = data.pack_length // load.conversations, config.image_positions
+    ids: list[int] = []
+    segments: list[int] = []
+    for number in range(load.conversations):
+        pictures = load.pictures * (number + 1) // load.conversations - load.pictures * number // load.conversations
+        text = length - pictures * patches
+        if text < 1:
+            raise SettingsError(
+                f"{pictures} pictures of {patches} positions do not fit a conversation of {length}; "
+                "give fewer --pictures or --conversations, or a larger --data.pack-length"
+            )
+        ids += [config.image_token_id] * pictures + [config.image_token_id - 1] * text
+        segments += [number + 1] * (pictures + text)
+    input_ids = torch.tensor([ids] * data.packs_per_row)
+    labels = torch.full_like(input_ids, IGNORED)
+    words = torch.nonzero(torch.tensor(ids) != config.image_token_id)[:, 0]
+    asked = words[-max(1, min(len(words), round(load.labelled * load.conversations * length))) :]
+    labels[:, asked] = input_ids[:, asked]
+    return PlannedRow(
+        inputs={"input_ids": input_ids, "labels": labels, "segment_ids": torch.tensor([segments] * data.packs_per_row)},
+        supervised=int((labels != IGNORED).sum()),
+        positions=data.packs_per_row * load.conversations * length,
+        images=data.packs_per_row * load.pictures,
+    )
+
+
+def _held(settings: RunSettings, config: MQWenConfig, row: PlannedRow) -> float:
+    """The most bytes that a row's forward and backward pass hold at once, but weights and their gradients."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, settings.model.precision))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            model = outline(settings, config, "cpu").train()
+    finally:
+        torch.set_default_dtype(before)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None))
+    expanded = model.transformer.expand(
+        row.inputs["input_ids"],
+        row.images,
+        labels=row.inputs["labels"],
+        segment_ids=row.inputs["segment_ids"],
+    )
+    side = config.vision_config.image_size
+    with fake, _Living() as living:
+        pictures = torch.empty(row.images, 3, side, side, dtype=torch.uint8)
+        hidden = model.transformer(images=model.encode_images(pictures), expanded=expanded).last_hidden_state
+        labelled_loss(model.lm_head, hidden, expanded, 1).backward()
+    return float(living.most)
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is on, as long as each lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, made)
+        return made
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self._known:
+            self._known[storage] = True
+            size = storage.nbytes()
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.now -= size

@@ -1,0 +1,174 @@
+"""Writes checkpoints beside the training.
+
+`save` copies this rank's part of the state, which is all that the training waits for. A thread writes the copy, uploads
+it, and when every rank's files are there rank 0 commits them by one last write. The threads of all ranks talk through a
+process group of their own, so that they do not meet the training's messages.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from mqwen.storage import Location, StorageError, locate, retried
+from mqwen.train.checkpoint import COMMIT, CheckpointError, Commit, committed, read_commit, step_folder
+from mqwen.train.loop import Progress
+from mqwen.train.settings import RunSettings
+
+UNEVEN = timedelta(minutes=30)  # how much longer one rank may write than another
+
+
+class Saver:
+    """Every rank makes one and calls each method equally often."""
+
+    def __init__(self, run: Location, settings: RunSettings) -> None:
+        self._run, self._settings = run, settings
+        self._patience = settings.checkpoint.patience
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience) + UNEVEN)
+        self._rank = dist.get_rank()
+        # From a GPU the copy goes to pinned memory, which is kept for the next.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        state: dict[str, Any],
+        progress: Progress,
+        loss: float | None = None,
+        beside: dict[str, bytes] | None = None,
+        on_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begins a checkpoint; the one before must have ended (`busy`, `wait`).
+
+        `beside` are rank 0's files of the run, by their names in it, that are to be there before the commit;
+        `on_commit` is called on rank 0, in the thread.
+        """
+        self.wait()
+        staged = self._stager.stage(state)
+
+        def run() -> None:
+            try:
+                self._write(staged, progress, loss, beside or {})
+                if self._rank == 0:
+                    on_commit()
+            except BaseException as error:  # DCP's own is no Exception
+                self._error = error
+
+        self._thread = threading.Thread(target=run, daemon=True, name="checkpoint")
+        self._thread.start()
+
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written, on any rank: the same answer on all of them."""
+        writing = torch.tensor(self._thread is not None and self._thread.is_alive(), dtype=torch.int64)
+        dist.all_reduce(writing, op=dist.ReduceOp.MAX)
+        return bool(writing)
+
+    def check(self) -> None:
+        """Raises CheckpointError where writing failed."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            if isinstance(error, CheckpointException):
+                error = next(iter(error.failures.values()))[0]
+            raise error
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises CheckpointError where writing failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def _write(self, state: dict[str, Any], progress: Progress, loss: float | None, beside: dict[str, bytes]) -> None:
+        target, limit = step_folder(self._run, progress.step), time.monotonic() + self._patience
+        self._together(lambda: self._retried(lambda: _clear(target), limit) if self._rank == 0 else None)
+        with _writable(target) as local:
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(local), process_group=self._group)
+            entries = self._together(lambda: self._retried(lambda: _put(local, target, self._rank), limit))
+        files = {name: entry for table in entries for name, entry in table.items()}
+        commit = Commit(progress, asdict(self._settings), files, loss)
+
+        def finish() -> None:
+            for name, data in beside.items():
+                (self._run / name).write_bytes(data)
+            (target / COMMIT).write_bytes(commit.written())
+
+        self._together(lambda: self._retried(finish, limit) if self._rank == 0 else None)
+        if self._rank == 0:
+            print(f"step {progress.step}: checkpoint {target}", flush=True)
+            self._remove_old()
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` gives on each rank, after all have done it. Raises on every rank what it raises on one."""
+        result, problem, cause = None, None, None
+        try:
+            result = work()
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            problem, cause = str(error) if isinstance(error, StorageError) else repr(error), error
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (result, problem), group=self._group)
+        if problems := sorted({problem for _, problem in found if problem is not None}):
+            raise CheckpointError(f"a checkpoint could not be written: {'; '.join(problems)}") from cause
+        return [result for result, _ in found]
+
+    def _retried(self, work: Callable[[], Any], limit: float) -> Any:
+        """Tries again while the time lasts."""
+        try:
+            return retried(work, until=limit)
+        except StorageError as error:
+            raise StorageError(f"{error}; tried for --checkpoint.patience {self._patience:g} seconds") from error
+
+    def _remove_old(self) -> None:
+        """All but the newest and the best. What cannot be removed stays, and is tried again with the next."""
+        keep = self._settings.checkpoint
+        try:
+            found = committed(self._run)
+            kept = {one.path for one in found[-keep.keep :]}
+            if keep.keep_best:
+                losses = {one.path: read_commit(one).loss for one in found}
+                scored = [path for path, loss in losses.items() if loss is not None]
+                kept |= set(sorted(scored, key=lambda path: losses[path] or 0.0)[: keep.keep_best])
+            for old in found:
+                if old.path not in kept:
+                    _clear(old)
+        except (StorageError, CheckpointError) as error:
+            print(f"warning: an old checkpoint stays: {error}", flush=True)
+
+
+@contextmanager
+def _writable(target: Location) -> Iterator[Path]:
+    """A folder of this machine to write to: the checkpoint's own if it is one, as it counts only once committed."""
+    if isinstance(target.filesystem, pafs.LocalFileSystem):
+        yield Path(target.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="mqwen-checkpoint-") as local:
+        yield Path(local)
+
+
+def _put(local: Path, target: Location, rank: int) -> dict[str, dict[str, Any]]:
+    """This rank's files where they belong; their sizes and hashes."""
+    found = {}
+    for file in [*local.glob(f"__{rank}_*"), *([local / ".metadata"] if rank == 0 else [])]:
+        found[file.name] = {"bytes": file.stat().st_size, "sha256": locate(file).sha256()}
+        if not isinstance(target.filesystem, pafs.LocalFileSystem):
+            (target / file.name).upload(file)
+    return found
+
+
+def _clear(checkpoint: Location) -> None:
+    (checkpoint / COMMIT).delete()  # first, so that what is left of a broken deletion is never chosen
+    checkpoint.delete()

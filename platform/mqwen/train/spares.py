@@ -1,0 +1,67 @@
+"""Processes that are ready to become workers: a group that has lost one starts again without waiting for imports.
+
+Starting Python, torch and transformers takes most of a restart. So each rank asks its node for one process like its
+own, with all imported, and waiting; Ray takes it when it starts the next worker there. Rank 0 asks for READING more:
+reading starts again too, in processes of the same kind.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from uuid import uuid4
+
+import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+from ray.core.generated.common_pb2 import PYTHON
+from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
+from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
+from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
+
+AFTER = 20.0  # seconds from a group's start: shorter runs need none
+READING = 3  # Ray Data's coordinator and two readers
+KEPT = 24 * 3600  # seconds
+ANSWER = 10.0  # seconds
+MARK = "MQWEN_SPARES"
+
+
+def environment() -> dict[str, str]:
+    """What a run's worker processes must have in their environment for their successors to be prepared."""
+    return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.prepare", MARK: uuid4().hex}
+
+
+def prepare() -> None:
+    """Ray calls this in every such process when it starts. The first ones, for which work waits, go on at once."""
+    if _wanted().exists():
+        import mqwen.data.stream
+        import mqwen.train.worker  # noqa: F401
+
+
+def ask(count: int) -> threading.Timer:
+    """Has `count` processes like this one prepared on this node, if this one is still there after a while."""
+    timer = threading.Timer(AFTER, _ask, [count])
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _ask(count: int) -> None:
+    _wanted().touch()
+    me = ray.get_runtime_context()
+    node = next(node for node in ray.nodes() if node["NodeID"] == me.get_node_id())
+    request = PrestartWorkersRequest(
+        language=PYTHON,
+        job_id=ray.JobID.from_hex(me.get_job_id()).binary(),
+        runtime_env_info=RuntimeEnvInfo(serialized_runtime_env=me.get_runtime_env_string()),
+        keep_alive_duration_secs=KEPT,
+        num_workers=count,
+    )
+    with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+        NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER)
+
+
+def _wanted() -> Path:
+    """There once this run has asked for spares on this node."""
+    return Path(ray._private.worker._global_node.get_session_dir_path()) / f"spares-{os.environ[MARK]}"

@@ -1,0 +1,162 @@
+"""Samples a second from JPEG shards (640 x 480, to 224), decoded, tokenized, packed, with two reading processes each.
+
+python -m tests.benchmarks.throughput [--rounds 5]
+
+- *torch DataLoader*: its workers run the same reader on the same windows and hand the rows over as tensors.
+- *webdataset*: its loader over the same shards, its shuffle buffer, and our decoding, tokenizing and packing.
+- *ours, S3*: the same dataset from `rclone serve s3` on this machine, which takes its share of the cores.
+
+The consumer does nothing with the rows. Contenders take turns; a figure is the median of their rounds, in steady state:
+what comes before the third window is not counted.
+"""
+
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from mqwen.cluster import cluster
+from mqwen.data.batch import Batch, unpack
+from mqwen.data.dataset import open_dataset
+from mqwen.data.order import Order, OrderSettings, Place, Position
+from mqwen.data.pack import pack
+from mqwen.data.reader import WindowReader
+from mqwen.data.row import Entry, RowBuilder
+from mqwen.data.sample import Sample
+from mqwen.data.stream import Stream
+from mqwen.model import MQWenProcessor
+from mqwen.storage import Location, locate
+from tests.benchmarks.reading import make_photos, make_processor, steady
+from tests.benchmarks.result import write_result
+from tests.conftest import KEYS
+
+PROCESSES = 2
+SETTINGS = OrderSettings(0, pack_length=2048, packs_per_row=4, image_positions=256, run_samples=64, window_runs=4)
+WINDOW = 256  # samples
+
+
+@dataclass(frozen=True)
+class Throughput:
+    rounds: int = 5
+    samples: int = 2048
+    measured: int = 1536
+
+
+def ours(dataset: Location, processor: MQWenProcessor) -> Iterator[int]:
+    stream = Stream(Order([open_dataset(dataset)], SETTINGS), processor, rows=100_000)
+    (part,) = stream.split(Position(), 1)
+    for batch in stream.read(part, Position(), 1.0):
+        yield len(batch.keys)
+
+
+def of_torch(dataset: Location, processor: MQWenProcessor) -> Iterator[int]:
+    import torch.utils.data as data
+
+    order = Order([open_dataset(dataset)], SETTINGS)
+
+    class Windows(data.IterableDataset):
+        def __iter__(self) -> Iterator[Batch]:
+            info = data.get_worker_info()
+            reader = WindowReader(order, processor, Position())
+            for number in itertools.count(info.id, info.num_workers):
+                yield from (
+                    unpack(table, SETTINGS.packs_per_row, processor.image_size) for table in reader.rows(number)
+                )
+
+    loader = data.DataLoader(Windows(), batch_size=None, num_workers=PROCESSES, prefetch_factor=4)
+    for batch in loader:
+        yield len(batch.keys)
+
+
+def of_webdataset(dataset: Location, processor: MQWenProcessor) -> Iterator[int]:
+    import webdataset
+
+    builder = RowBuilder(processor, SETTINGS)
+
+    def sample(entry: dict) -> Sample:
+        return Sample(entry["__key__"], json.loads(entry["json"])["messages"], [entry["0.jpg"]])
+
+    def packed(samples: Iterator[Sample]) -> Iterator[Batch]:
+        while window := list(itertools.islice(samples, WINDOW)):
+            lengths = [SETTINGS.positions(len(encode_text(one)), len(one.pictures)) for one in window]
+            packs, _ = pack(lengths, SETTINGS.pack_length)
+            for at in range(0, len(packs), SETTINGS.packs_per_row):
+                rows = packs[at : at + SETTINGS.packs_per_row]
+                entries = [[Entry(place(window[i]), window[i]) for i in items] for items in rows]
+                table = builder.build(entries, [], Position(), Position())
+                yield unpack(table, SETTINGS.packs_per_row, processor.image_size)
+
+    def encode_text(one: Sample) -> list[int]:
+        from mqwen.model.chat import encode_chat
+
+        return encode_chat(processor.tokenizer, one.messages).input_ids
+
+    def place(one: Sample) -> Place:
+        return Place(shard=None, run=0, key=one.key, offset=0, nbytes=0, tokens=0, images=1, sha256="")  # type: ignore[arg-type]
+
+    shards = [f"{dataset.path}/{shard.file}" for shard in open_dataset(dataset).manifest.shards]
+    split = webdataset.shardlists.split_by_worker
+    read = webdataset.WebDataset(shards, shardshuffle=100, resampled=False, workersplitter=split).repeat()
+    loader = webdataset.WebLoader(
+        read.shuffle(WINDOW).map(sample).compose(packed), batch_size=None, num_workers=PROCESSES, prefetch_factor=4
+    )
+    for batch in loader:
+        yield len(batch.keys)
+
+
+@contextmanager
+def rclone(folder: Path) -> Iterator[None]:
+    """Serves `folder`'s subfolders as buckets; this process' environment says how to reach them."""
+    command = [Path(sys.executable).with_name("rclone"), "serve", "s3", folder, "--addr", "127.0.0.1:0"]
+    command += ["--auth-key", ",".join(KEYS.values()), "--config", "/dev/null"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        url = next(found[0] for line in server.stderr if (found := re.search(r"http://[\d.:]+", line)))
+        os.environ.update({**KEYS, "AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1"})
+        yield
+        server.terminate()
+
+
+def main() -> None:
+    settings = tyro.cli(Throughput, description=__doc__)
+    with tempfile.TemporaryDirectory() as local, rclone(Path(local)), cluster(cpus=PROCESSES):
+        processor = make_processor(Path(local) / "vocabulary", 224)
+        dataset = make_photos(Path(local) / "bucket" / "data", processor, settings.samples)
+        photos = np.mean([shard.nbytes / shard.samples for shard in open_dataset(dataset).manifest.shards])
+        contenders = {
+            "ours": partial(ours, dataset, processor),
+            "torch DataLoader": partial(of_torch, dataset, processor),
+            "webdataset": partial(of_webdataset, dataset, processor),
+            "ours, S3": partial(ours, locate("s3://bucket/data"), processor),
+        }
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        for _ in range(settings.rounds):
+            for name, start in contenders.items():
+                found[name].append(steady(start, 2 * WINDOW, settings.measured))
+                print(f"{name}: first batch {found[name][-1][0]:.2f} s, {found[name][-1][1]:.0f} samples/s", flush=True)
+    rates = {name: statistics.median(rate for _, rate in rounds) for name, rounds in found.items()}
+    head = ("", "first batch, s", "samples/s", "least and most", "beside torch", "beside ours")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, rounds in found.items():
+        first, each = statistics.median(first for first, _ in rounds), [rate for _, rate in rounds]
+        beside = f"{rates[name] / rates['torch DataLoader']:.2f} | {rates[name] / rates['ours']:.2f}"
+        lines.append(f"| {name} | {first:.1f} | {rates[name]:.0f} | {min(each):.0f}, {max(each):.0f} | {beside} |")
+    about = (__doc__ or "").split("\n\n", 2)[2].strip()
+    text = f"{about}\n\n{settings.rounds} rounds of {settings.measured} samples, {photos / 1000:.0f} kB a sample.\n\n"
+    write_result("throughput", text + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Training Qwen-1.8B with CLIP-L on one H200: `PYTHONPATH=platform:. python tests/benchmarks/train_h200.py`.
+
+First the ceilings, then the cases that `--cases` names (patterns; all where none is given), as many as begin within
+`--minutes`. Writes a dated Markdown file and the same as JSON into tests/benchmarks/results, or into `--out`.
+`--probe` measures the alternatives for each part of a step instead. `--tiny` shows on a CPU that all of it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import time
+from pathlib import Path
+
+import torch
+
+from mqwen.model import MQWenConfig, loss
+from mqwen.train.settings import ComputeSettings
+from tests.benchmarks.h200 import probe, report
+from tests.benchmarks.h200.cases import Case, Result, one_process, run_case, run_llava
+from tests.benchmarks.h200.measure import attempt, ceilings, machine
+from tests.benchmarks.h200.rows import Shape
+
+RESULTS = Path(__file__).parent / "results"
+TINY = MQWenConfig(
+    vocab_size=512,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    kv_channels=16,
+    intermediate_size=96,
+    seq_length=256,
+    image_token_id=511,
+    vision_config={
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    },
+)
+
+
+def cases(rows: int, length: int, every: int) -> list[Case]:
+    """`rows` rows of `length` a pass, or a quarter of them four times as long, with a picture each `every` places."""
+    short, long = Shape(rows, length, every), Shape(max(1, rows // 4), 4 * length, every)
+    eager = ComputeSettings()
+    selective, full = (ComputeSettings(compile=True, recompute=what) for what in ("selective", "full"))
+    return [
+        Case(f"sft-full {length}", "sft-full", short),
+        Case(f"sft-full {length} answers", "sft-full", Shape(rows, length, every, "answers")),
+        Case(f"sft-full {4 * length}", "sft-full", long),
+        Case(f"sft-full {length} text", "sft-full", Shape(rows, length, every, "text")),
+        Case(f"sft-full {length} flash", "sft-full", short, flash=True),
+        Case(f"sft-full {length} one pass", "sft-full", short, passes=1),
+        Case(f"sft-full {length} eager", "sft-full", Shape(max(1, rows // 2), length, every), compute=eager),
+        Case(f"sft-full {length} selective", "sft-full", short, compute=selective),
+        Case(f"sft-full {length} full", "sft-full", short, compute=full),
+        Case(f"sft-full {4 * length} selective", "sft-full", long, compute=selective),
+        Case(f"sft-full {4 * length} full", "sft-full", long, compute=full),
+        Case(f"sft-lora {length}", "sft-lora", short),
+        Case(f"sft-lora {length} answers", "sft-lora", Shape(rows, length, every, "answers")),
+    ]
+
+
+def check_product() -> bool:
+    """Whether this torch adds up products of bfloat16 in float32."""
+    total, a = torch.ones(64, 64, device="cuda"), torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
+    loss._add_product(total, a, a)
+    assert torch.allclose(total, 1 + a.float() @ a.float(), atol=0.1)
+    return True
+
+
+def main(arguments: list[str] | None = None) -> list[Result]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=["*"], help="patterns of names, in the order to be run")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of a case")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no case or part begins later")
+    parser.add_argument("--probe", nargs="*", choices=list(probe.PARTS), help="parts to probe; all where none is named")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--list", action="store_true", help="names the cases")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    begun = time.monotonic()
+
+    config, rows, length, every = (TINY, 4, 64, 32) if given.tiny else (MQWenConfig(), 16, 2048, 409)
+    device = torch.device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")
+    known = cases(rows, length, every)
+    llava = [f"transformers {length}", f"transformers {4 * length}"]
+    names = [case.name for case in known] + llava
+    if given.list:
+        print("\n".join(names))
+        return []
+    torch.manual_seed(0)
+    about = machine(device)
+    print(about, flush=True)
+    found = ceilings(device, *((64, 0.01) if given.tiny else (8192, 2.0)))
+    print(
+        f"bf16 product {found.product / 1e12:.0f} TFLOP/s ({found.sustained / 1e12:.0f} over 2 s), "
+        f"copy {found.copy / 1e12:.2f} TB/s",
+        flush=True,
+    )
+    if given.probe is not None:
+        if given.tiny:
+            sizes = probe.Probe(device, config, found.product, found.copy, 4, 64, 2, 10**5, torch.float32)
+        else:
+            sizes = probe.Probe(device, config, found.product, found.copy)
+        probe.run(sizes, given.probe or list(probe.PARTS), given.minutes)
+        return []
+
+    if device.type == "cuda" and attempt("addmm into float32", check_product) is None:
+        loss._add_product = lambda total, a, b: total.add_(a @ b)  # type: ignore[assignment]
+    wanted = list(dict.fromkeys(name for pattern in given.cases for name in fnmatch.filter(names, pattern)))
+    results = list[Result]()
+    with one_process(device):
+        for name in wanted:
+            if time.monotonic() - begun > 60 * given.minutes:
+                print(f"{name}: left out, the time is up", flush=True)
+                continue
+            started = time.monotonic()
+            if name in llava:
+                shape = Shape(max(1, rows // 2), length, every) if name == llava[0] else Shape(1, 4 * length, every)
+                result = attempt(name, lambda s=shape: run_llava(s, config, device, found, given.steps))
+            else:
+                case = next(case for case in known if case.name == name)
+                result = attempt(name, lambda c=case: run_case(c, config, device, found, given.steps))
+            if result is not None:
+                results.append(result)
+                print(f"{report.line(result)}  [{time.monotonic() - started:.0f} s]", flush=True)
+    report.write(given.out, about, found, results)
+    return results
+
+
+if __name__ == "__main__":
+    main()

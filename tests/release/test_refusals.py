@@ -1,0 +1,95 @@
+"""What is refused before anything is deployed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mqwen.data.sample import Sample
+from mqwen.release.bar import Bar
+from mqwen.release.canary import Answers, Canary, Comparison
+from mqwen.release.client import Chat, Reply, Server, ask
+from mqwen.release.errors import ReleaseError
+from mqwen.release.service import Service, ServiceSettings
+
+SCORES = {"exact_match": 0.5, "cider_d": 2.0, "loss": 0.25}
+
+
+def test_every_missed_score_is_named() -> None:
+    Bar(exact_match=0.5, cider_d=2.0, loss=0.25).check(SCORES)
+    with pytest.raises(ReleaseError) as refused:
+        Bar(exact_match=0.51, cider_d=3.0, loss=0.2).check(SCORES)
+    assert str(refused.value) == (
+        "below the bar, so nothing was deployed: exact_match is 0.5000, at least 0.51 is asked; cider_d is 2.0000, at "
+        "least 3.0 is asked; loss is 0.2500, at most 0.2 is allowed"
+    )
+    with pytest.raises(ReleaseError, match="loss is nan, at most 9 is allowed"):
+        Bar(loss=9).check(SCORES | {"loss": float("nan")})
+
+
+def test_a_bar_that_everything_passes() -> None:
+    Bar(loss=9).check_given()
+    with pytest.raises(ReleaseError, match="no bar is given"):
+        Bar().check_given()
+
+
+@pytest.mark.parametrize("wrong", [{"questions": 0}, {"allowed_drop": 1.1}, {"allowed_drop": -0.1}, {"max_tokens": 0}])
+def test_a_canary_out_of_range(wrong: dict) -> None:
+    Canary().check()
+    with pytest.raises(ReleaseError, match=f"--canary.{next(iter(wrong)).replace('_', '-')} is "):
+        Canary(**wrong).check()
+
+
+@pytest.mark.parametrize(
+    ("candidate", "live", "drop", "message"),
+    [
+        (8, 8, 0.0, None),
+        (9, 8, 0.0, None),
+        (7, 8, 0.0, "of 10 canary questions the candidate answers 7 right, the live model 8"),
+        (7, 8, 0.1, None),
+        (6, 8, 0.1, "--canary.allowed-drop 0.1 allows no such drop"),
+        (0, None, 0.0, None),
+    ],
+)
+def test_a_candidate_must_not_be_worse(candidate: int, live: int | None, drop: float, message: str | None) -> None:
+    replies = [Reply("x", 1.0)] * 10
+    asked = [Sample(str(number), []) for number in range(10)]
+    found = Comparison(asked, Answers(replies, candidate), None if live is None else Answers(replies, live))
+    if message is None:
+        found.check(Canary(allowed_drop=drop))
+    else:
+        with pytest.raises(ReleaseError, match=message):
+            found.check(Canary(allowed_drop=drop))
+
+
+def test_a_question_without_an_answer() -> None:
+    nobody = Server("http://127.0.0.1:9", "", "mine")
+    replies = ask(nobody, [Chat([{"role": "user", "content": "?"}], [])] * 2, max_tokens=1)
+    assert [reply.text for reply in replies] == ["", ""]
+    found = Comparison([Sample("a", []), Sample("b", [])], Answers(replies, 0), None)
+    with pytest.raises(ReleaseError, match="2 of 2 canary questions got no answer, the first: ConnectError: "):
+        found.check(Canary(allowed_drop=1))
+
+
+GOOD = {"name": "mine", "import_path": "serve.app:build", "args": {"name": "mine"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "serve.yaml cannot be read"),
+        ("applications: [", "serve.yaml cannot be read"),
+        ("[]", "must hold one application with args.name"),
+        ({"applications": []}, "must hold one application"),
+        ({"applications": [GOOD, GOOD]}, "must hold one application"),
+        ({"applications": [GOOD | {"args": {}}]}, "must hold one application with args.name"),
+        ({"applications": [GOOD]}, "MQWEN_API_KEY is not set"),
+        ({"applications": [GOOD | {"args": {"name": "mine", "auth": "off"}}]}, "--service.address http://127.0.0.1:9"),
+    ],
+)
+def test_a_service_that_cannot_be_used(config: object, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    if config is not None:
+        file.write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(ReleaseError, match=message):
+        Service(ServiceSettings(file, address="http://127.0.0.1:9"), key="")

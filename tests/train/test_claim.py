@@ -1,0 +1,102 @@
+"""One driver a run: the second is refused, whether it came later or at once; a dead one's claim counts no more."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from mqwen.storage import Location, locate
+from mqwen.train import claim
+from mqwen.train.claim import Driver, RunInUseError, claimed
+
+HOLD = """
+import sys, time
+from mqwen.storage import locate
+from mqwen.train.claim import claimed
+with claimed(locate(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture(params=["folder", "s3"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    return request.getfixturevalue("bucket") / "run" if request.param == "s3" else locate(tmp_path / "run")
+
+
+def drivers(run: Location) -> list[str]:
+    return [name for name in run.names() if name.startswith(claim.PREFIX)]
+
+
+def test_the_second_is_refused_and_the_first_goes_on(run: Location) -> None:
+    with claimed(run):
+        held = drivers(run)
+        message = f"run {run} is being trained by process {os.getpid()} on .*: wait for it or end it, or give another"
+        with pytest.raises(RunInUseError, match=message), claimed(run):
+            pass
+        assert drivers(run) == held
+    assert drivers(run) == []
+    with claimed(run):
+        pass
+
+
+def test_a_killed_driver_is_known_to_be_gone(tmp_path: Path) -> None:
+    run = locate(tmp_path / "run")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(RunInUseError, match=f"process {process.pid} "), claimed(run):
+            pass
+        process.kill()
+        process.wait()
+        started = time.monotonic()
+        with claimed(run):
+            assert time.monotonic() - started < claim.LEASE / 2
+            assert len(drivers(run)) == 1
+
+
+@pytest.fixture
+def elsewhere(run: Location, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Writes the claim of a driver on another machine, with its count of beats."""
+    monkeypatch.setattr(claim, "LEASE", 1.0)
+    driver = replace(Driver.this(), host="elsewhere")
+
+    def beat(number: int) -> None:
+        (run / f"{claim.PREFIX}other.json").write_bytes(json.dumps(asdict(replace(driver, beat=number))).encode())
+
+    beat(0)
+    return beat
+
+
+def test_another_machine_that_is_silent_has_lost_the_run(run: Location, elsewhere: Callable[[int], None]) -> None:
+    with claimed(run):
+        assert f"{claim.PREFIX}other.json" not in drivers(run)
+
+
+def test_another_machine_whose_heart_beats_keeps_it(run: Location, elsewhere: Callable[[int], None]) -> None:
+    beats = threading.Timer(0.3, elsewhere, [1])
+    beats.start()
+    with pytest.raises(RunInUseError, match="on elsewhere:"), claimed(run):
+        pass
+    beats.join()
+    assert drivers(run) == [f"{claim.PREFIX}other.json"]
+
+
+def test_who_has_lost_the_run_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As after a machine slept: others took the run over."""
+    monkeypatch.setattr(claim, "BEAT", 0.05)
+    run = locate(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), claimed(run):
+        (name,) = drivers(run)
+        (run / name).delete()
+        threading.Event().wait(5)
+    assert f"run {run} was taken over by another driver: this one stops" in capsys.readouterr().err
