@@ -118,7 +118,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._pool, positions=settings.max_step_positions, rows=settings.max_batch_size, width=self._width
         )
-        self._runner = Runner(
+        self._runner = _runner_of(model)(
             model,
             adapters,
             rows=settings.max_batch_size,
@@ -390,6 +390,17 @@ class Engine:
                 self._remove(sequence)
                 self._counts["failed"] += 1
                 sequence.outbox.fail(EngineFailedError("a step of the engine failed; its log has the cause"))
+
+
+def _runner_of(model: "MQWenLMHeadModel") -> type[Runner]:
+    """Kernels of our own where they can run: in bfloat16 on a card, for heads that are rotated whole."""
+    channels = model.config.kv_channels
+    whole = model.config.rotary_dim == channels and channels.bit_count() == 1
+    if model.device.type == "cuda" and model.dtype == torch.bfloat16 and whole:
+        from mqwen.engine.cuda.runner import CudaRunner  # brings Triton, which only such a machine has
+
+        return CudaRunner
+    return Runner
 
 
 class Launched:

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 class RotaryTable:
-    """For sequences of up to max_length positions."""
+    """For sequences of up to max_length positions.
+
+    angles: cosines, then sines, (max_length of each α, channels), float32. logn: (max_length,), or None.
+    """
 
     def __init__(self, config: "MQWenConfig", max_length: int, device: torch.device) -> None:
         self._max_length = max_length
@@ -24,10 +27,10 @@ class RotaryTable:
             torch.cat(rotary_tables(positions, alpha.view(1, 1), config.rotary_dim, config.rotary_emb_base), dim=-1)
             for alpha in alphas
         ]
-        self._angles = torch.cat(tables, dim=1)[0].to(device)
+        self.angles = torch.cat(tables, dim=1)[0].to(device)
         self._places = {alpha: place * max_length for place, alpha in enumerate(alphas.tolist())}
         extends = config.use_logn_attn and max_length > config.seq_length
-        self._logn = logn_factors(positions[0], config.seq_length).to(device) if extends else None
+        self.logn = logn_factors(positions[0], config.seq_length).to(device) if extends else None
 
     def alpha(self, prompt_tokens: int) -> float:
         """Of a sequence that begins with a prompt so long."""
@@ -39,5 +42,5 @@ class RotaryTable:
 
     def look_up(self, places: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """cos and sin, (1, T, channels / 2), and logn (1, T) or None. places, positions: (T,)."""
-        cos, sin = self._angles[places + positions].unsqueeze(0).chunk(2, dim=-1)
-        return cos, sin, None if self._logn is None else self._logn[positions].unsqueeze(0)
+        cos, sin = self.angles[places + positions].unsqueeze(0).chunk(2, dim=-1)
+        return cos, sin, None if self.logn is None else self.logn[positions].unsqueeze(0)

@@ -98,6 +98,8 @@ class Sampler:
         may come.
         """
         penalized = any(map(penalizes, requests))
+        if not (penalized or allowed is not None or logprobs is not None or any(map(draws, requests))):
+            return Sampled(logits.argmax(dim=-1))
         logits = logits.float()
         raw = logits
         settings = self._settings[rows].T.unsqueeze(2)  # a column (S, 1) each

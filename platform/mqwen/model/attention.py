@@ -18,7 +18,7 @@ from mqwen.model.cache import MQWenCache
 from mqwen.model.rows import Expanded, Layout
 
 # The flag for causal attention was renamed while varlen_attn was young; torch 2.13 has window_size.
-_CAUSAL: dict[str, Any] = (
+CAUSAL: dict[str, Any] = (
     {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {"is_causal": True}
 )
 
@@ -112,7 +112,7 @@ def _attend_runs(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan)
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         # A compiled block must not look at the list of runs: it would be compiled again for every packing.
-        mixed = varlen_attn(q, k, v, plan.offsets, plan.offsets, plan.longest, plan.longest, **_CAUSAL)
+        mixed = varlen_attn(q, k, v, plan.offsets, plan.offsets, plan.longest, plan.longest, **CAUSAL)
         assert isinstance(mixed, Tensor)
         return mixed.view_as(query)
     assert plan.runs is not None

@@ -35,7 +35,9 @@ def _add_norm_kernel(
     tl.store(out + row * K + k, (value * scale).to(g.dtype) * g, mask=inside)
 
 
-def add_norm(x: Tensor, residual: Tensor | None, gain: Tensor, out: Tensor, eps: float, overlap: bool = False) -> Tensor:
+def add_norm(
+    x: Tensor, residual: Tensor | None, gain: Tensor, out: Tensor, eps: float, overlap: bool = False
+) -> Tensor:
     """residual += x, out = norm(residual); without a residual, out = norm(x). All (M, C)."""
     rows, width = x.shape
     wide = triton.next_power_of_2(width)

@@ -52,7 +52,7 @@ def _product_kernel(
     for start in range(BLOCK_K, K, BLOCK_K):
         at = start + k
         w = tl.load(rows + at[None, :], mask=there[:, None] & (at < K)[None, :], other=0.0).to(tl.float32)
-        if NORM:
+        if NORM:  # noqa: SIM108  # Triton compiles one of the two
             a = _normed(x, gain, at, at < K, scale)
         else:
             a = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
@@ -127,7 +127,12 @@ def gated_product(
 def _prefetch(pointers):
     """Ask for cache lines of 128 bytes without waiting for them."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 

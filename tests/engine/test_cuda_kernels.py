@@ -1,4 +1,4 @@
-"""The kernels against plain torch: on a card, or, slowly, by Triton's interpreter (TRITON_INTERPRET=1)."""
+"""The kernels against plain torch: on a card, or, slowly, by Triton's interpreter."""
 
 import math
 

@@ -1,0 +1,194 @@
+"""The language model's forward on a card: decoding over the paged cache, and prompts beside it.
+
+Shapes: M sequences with one new position each, T tokens of prompts, C hidden channels, D channels of a head, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from mqwen.engine.cuda.kernels import Scratch, add_norm, attend, begin, silu_mul, take_in
+from mqwen.engine.cuda.products import gated_product, product, rows_product
+from mqwen.model.attention import CAUSAL
+
+if TYPE_CHECKING:
+    from mqwen.model import MQWenLMHeadModel
+
+OVERLAP = True  # of kernels of one row: see products.py
+FEW = 16  # rows up to which products of our own beat cuBLAS
+
+# Measured on an H200 with Qwen-1.8B: outputs of a program, inputs of a step of it, warps, and steps loaded ahead.
+ONE = {"qkv": (4, 1024, 4), "mixed": (8, 2048, 4), "gate": (2, 2048, 4), "down": (4, 2048, 8), "head": (2, 2048, 4)}
+ROWS = {
+    "qkv": (32, 128, 4, 4),
+    "mixed": (16, 256, 4, 4),
+    "gate": (32, 128, 4, 4),
+    "down": (16, 512, 4, 3),
+    "head": (64, 128, 4, 4),
+}
+
+
+Attention = Callable[[Tensor, int], Tensor]
+"""Given queries, keys and values (rows, 3 C) of a layer, and its number: what the rows see, (rows, C)."""
+
+
+def splits_for(rows: int) -> int:
+    """Parts of a sequence that work at once, so that few sequences fill the card too."""
+    return 14 if rows == 1 else 4 if rows <= 4 else 2 if rows <= 16 else 1
+
+
+class Layer:
+    """A block's weights. w1 and w2 become views of one matrix, so that one product has both."""
+
+    def __init__(self, block: Any) -> None:
+        self.norm_1, self.norm_2 = block.ln_1.weight.data, block.ln_2.weight.data
+        self.qkv, self.bias = block.attn.c_attn.weight.data, block.attn.c_attn.bias.data
+        self.mixed = block.attn.c_proj.weight.data
+        self.both = torch.cat((block.mlp.w1.weight.data, block.mlp.w2.weight.data))
+        self.up, self.gate = self.both.chunk(2)
+        block.mlp.w1.weight.data, block.mlp.w2.weight.data = self.up, self.gate
+        self.down = block.mlp.c_proj.weight.data
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the engine knows of its running sequences, by row; see `mqwen.engine.runner`.
+
+    ids, blocks: (rows, ...). places: (rows,), where a row's angles begin in rotary (angles, D). logn: by position, or
+    None. size: positions of a block.
+    """
+
+    ids: Tensor
+    blocks: Tensor
+    places: Tensor
+    rotary: Tensor
+    logn: Tensor | None
+    size: int
+
+
+class Network:
+    """cache: keys and values of each layer, (slots, H, D) each."""
+
+    def __init__(self, model: MQWenLMHeadModel, cache: list[tuple[Tensor, Tensor]], tables: Tables) -> None:
+        self._layers = [Layer(block) for block in model.transformer.h]
+        self._embedding, self._head = model.transformer.wte.weight.data, model.lm_head.weight.data
+        self._norm, self._eps = model.transformer.ln_f.weight.data, model.config.layer_norm_epsilon
+        self._forbidden = model.config.image_token_id  # it would ask for a picture in the next step
+        self._cache, self._tables = cache, tables
+
+    def decode(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Logits (M, V) after the tokens at `positions` of `rows`, (M,) each, int64."""
+        t = self._tables
+        x = self._embedding.new_empty(len(rows), self._embedding.shape[1])
+        turns = t.rotary.new_empty(len(rows), t.rotary.shape[1])
+        begin(t.ids, t.places, t.rotary, rows, positions, self._embedding, x, turns)
+        _, heads, channels = self._cache[0][0].shape
+        scratch = Scratch(len(rows), heads, channels, splits_for(len(rows)), x.device)
+
+        def attention(qkv: Tensor, layer: int) -> Tensor:
+            keys, values = self._cache[layer]
+            mixed, overlap = torch.empty_like(x), OVERLAP and len(x) == 1
+            return attend(
+                qkv, turns, t.logn, keys, values, t.blocks, t.size, rows, positions, mixed, scratch, overlap
+            )  # fmt: skip
+
+        if len(rows) == 1:
+            logits = self._one(x, attention)
+        elif len(rows) <= FEW:
+            logits = self._few(x, attention)
+        else:
+            logits = F.linear(self._many(x, attention), self._head)
+        logits[:, self._forbidden] = -torch.inf
+        return logits
+
+    def prefill(self, x: Tensor, turns: Tensor, plan: Prompts) -> Tensor:
+        """x: (T, C), embeddings of prompts' tokens. turns: (T, D). Hidden states (T, C), normed."""
+        t = self._tables
+
+        def attention(qkv: Tensor, layer: int) -> Tensor:
+            keys, values = self._cache[layer]
+            query = take_in(qkv, turns, t.logn, plan.positions, keys, values, plan.slots)
+            keys, values = keys[plan.context], values[plan.context]
+            mixed = varlen_attn(
+                query, keys, values, plan.query_offsets, plan.key_offsets, plan.most_queries, plan.most_keys, **CAUSAL
+            )
+            assert isinstance(mixed, Tensor)
+            return mixed.flatten(1)
+
+        return self._many(x, attention)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        logits = F.linear(normed, self._head)
+        logits[:, self._forbidden] = -torch.inf
+        return logits
+
+    def _one(self, x: Tensor, attention: Attention) -> Tensor:
+        """The norm is part of the product that follows, and each kernel reads its weights while its input is made."""
+
+        def tile(name: str) -> dict[str, Any]:
+            n, k, warps = ONE[name]
+            return {"block_n": n, "block_k": k, "warps": warps, "overlap": OVERLAP}
+
+        for place, layer in enumerate(self._layers):
+            qkv = x.new_empty(1, len(layer.qkv))
+            product(x, layer.qkv, qkv, bias=layer.bias, gain=layer.norm_1, eps=self._eps, **tile("qkv"))
+            mixed = attention(qkv, place)
+            x = product(mixed, layer.mixed, torch.empty_like(x), residual=x, **tile("mixed"))
+            wide = x.new_empty(1, len(layer.up))
+            gated_product(x, layer.up, layer.gate, layer.norm_2, wide, self._eps, **tile("gate"))
+            x = product(wide, layer.down, torch.empty_like(x), residual=x, **tile("down"))
+        logits = x.new_empty(1, len(self._head))
+        return product(x, self._head, logits, gain=self._norm, eps=self._eps, **tile("head"))
+
+    def _few(self, x: Tensor, attention: Attention) -> Tensor:
+        rows = len(x)
+
+        def tile(name: str) -> dict[str, Any]:
+            return dict(zip(("block_n", "block_k", "warps", "stages"), ROWS[name], strict=True))
+
+        for place, layer in enumerate(self._layers):
+            normed = add_norm(x, None, layer.norm_1, torch.empty_like(x), self._eps)
+            qkv = rows_product(normed, layer.qkv, x.new_empty(rows, len(layer.qkv)), bias=layer.bias, **tile("qkv"))
+            mixed = attention(qkv, place)
+            x = rows_product(mixed, layer.mixed, torch.empty_like(x), residual=x, **tile("mixed"))
+            normed = add_norm(x, None, layer.norm_2, normed, self._eps)
+            wide = rows_product(normed, layer.up, x.new_empty(rows, len(layer.up)), gate=layer.gate, **tile("gate"))
+            x = rows_product(wide, layer.down, torch.empty_like(x), residual=x, **tile("down"))
+        normed = add_norm(x, None, self._norm, torch.empty_like(x), self._eps)
+        return rows_product(normed, self._head, x.new_empty(rows, len(self._head)), **tile("head"))
+
+    def _many(self, x: Tensor, attention: Attention) -> Tensor:
+        """(tokens, C), after the last norm. x is changed."""
+        normed = add_norm(x, None, self._layers[0].norm_1, torch.empty_like(x), self._eps)
+        following = [layer.norm_1 for layer in self._layers[1:]] + [self._norm]
+        for place, (layer, gain) in enumerate(zip(self._layers, following, strict=True)):
+            mixed = attention(F.linear(normed, layer.qkv, layer.bias), place)
+            add_norm(F.linear(mixed, layer.mixed), x, layer.norm_2, normed, self._eps)
+            wide = silu_mul(F.linear(normed, layer.both), x.new_empty(len(x), len(layer.up)))
+            add_norm(F.linear(wide, layer.down), x, gain, normed, self._eps)
+        return normed
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Pieces of prompts, one after the other, and all that is before each in the cache.
+
+    positions, slots: (T,), int64, of the tokens. context: slots of each piece's positions from 0 to its end.
+    query_offsets, key_offsets: int32, where each piece's queries and keys begin and end.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    context: Tensor
+    query_offsets: Tensor
+    key_offsets: Tensor
+    most_queries: int
+    most_keys: int
