@@ -146,7 +146,7 @@ def work(config: dict[str, Task]) -> None:
             save(now)
 
     if settings.parallel.spares:
-        spares.ask(1 if rank else 1 + spares.READING)
+        spares.ask(1 if rank else 2)  # rank 0 begins the reading
     feed = task.feed
     held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
     data = Data(rows, feed.blank, held_out, task.cost.of, feed.epochs)
