@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import uuid4
 
-from mqwen.engine.request import ContextLengthError, Request, RequestError, TokenEvent, join
+from mqwen.engine.request import ContextLengthError, Request, RequestError, TokenEvent
 from mqwen.storage import Location, local_folder
 
 
@@ -51,12 +51,12 @@ class ModelReplica:
         """Token events. A refused request is an item, not an exception, which Serve would log as a failure of ours."""
         try:
             request = await asyncio.to_thread(self._request, task)  # a long text takes seconds
+            if not task.stream:
+                yield await self.engine.complete(request)
+                return
             async with aclosing(self.engine.generate(request)) as events:
-                if task.stream:
-                    async for event in events:
-                        yield event
-                else:
-                    yield join([event async for event in events])
+                async for event in events:
+                    yield event
         except RequestError as error:
             yield error
 

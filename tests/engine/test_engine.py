@@ -1,7 +1,6 @@
 """The engine against `model.generate` one by one, and its manners: aborts, refusals, draining."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from random import Random
 
@@ -18,26 +17,10 @@ from mqwen.engine.request import (
     TokenEvent,
 )
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
-from mqwen.model.chat import encode_chat
+from tests.engine.asking import collect, prompt, tokens, until, with_engine
 from tests.engine.tiny import generate_alone, picture
 
 QUESTIONS = ["Which digit?", "图片里是哪个数字？", "How many digits are there in the picture?", "总和"]
-
-
-@pytest.fixture(scope="module")
-def processor(artifact: Path) -> MQWenProcessor:
-    return MQWenProcessor.from_pretrained(artifact)
-
-
-@pytest.fixture(scope="module")
-def model(artifact: Path) -> MQWenLMHeadModel:
-    return MQWenLMHeadModel.from_pretrained(artifact).eval()
-
-
-def prompt(processor: MQWenProcessor, text: str, pictures: int) -> list[int]:
-    parts = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": parts}]
-    return encode_chat(processor.tokenizer, messages, add_generation_prompt=True).input_ids
 
 
 def requests(processor: MQWenProcessor, count: int, **options: object) -> list[Request]:
@@ -52,33 +35,9 @@ def requests(processor: MQWenProcessor, count: int, **options: object) -> list[R
 
 
 def one_by_one(model: MQWenLMHeadModel, processor: MQWenProcessor, request: Request) -> list[int]:
-    tokens, tie = generate_alone(model, processor, request.input_ids, request.pictures, request.max_tokens or 0)
+    found, tie = generate_alone(model, processor, request.input_ids, request.pictures, request.max_tokens or 0)
     assert not tie, "take another prompt: the likeliest token of this one is not clear"
-    return tokens
-
-
-async def collect(engine: Engine, request: Request) -> list[TokenEvent]:
-    return [event async for event in engine.generate(request)]
-
-
-def tokens(events: list[TokenEvent]) -> list[int]:
-    return [token for event in events for token in event.token_ids]
-
-
-def with_engine(
-    model: MQWenLMHeadModel,
-    processor: MQWenProcessor,
-    use: Callable[[Engine], Awaitable[None]],
-    settings: EngineSettings | None = None,
-) -> None:
-    async def main() -> None:
-        engine = Engine(model, processor, settings)
-        try:
-            await asyncio.wait_for(use(engine), timeout=60)
-        finally:
-            await engine.drain()
-
-    asyncio.run(main())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +61,10 @@ def test_a_job_gets_whole_answers_and_refusals_in_order(
     found = engine.generate_all([bad_picture, *asked, too_long])
     assert isinstance(found[0], InvalidPictureError)
     assert isinstance(found[-1], ContextLengthError)
-    for event, tokens in zip(found[1:-1], expected, strict=True):
+    for event, answer in zip(found[1:-1], expected, strict=True):
         assert isinstance(event, TokenEvent)
-        assert list(event.token_ids) == tokens
-        assert event.text == processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert list(event.token_ids) == answer
+        assert event.text == processor.tokenizer.decode(answer, skip_special_tokens=True)
     again = engine.generate_all(asked)  # the same ids: none is left behind
     assert again == found[1:-1]
     asyncio.run(engine.drain())
@@ -303,9 +262,3 @@ def test_failing_steps_fail_their_requests_and_then_the_engines_health(
         assert engine.stats().failed == 3
 
     with_engine(model, processor, use)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.01)

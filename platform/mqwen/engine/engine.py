@@ -1,65 +1,81 @@
 """The engine: requests in on any event loop, one thread that owns the model, token events out.
 
-The way of a request: `generate` checks it and has its pictures decoded in threads; it waits; the engine's thread takes
-waiting requests as one batch, encodes their pictures, prefills and decodes them together; rows that finish leave.
-Requests that come meanwhile are taken when the batch has ended.
+The way of a request: `generate` checks it and has its pictures decoded in threads; it waits; the scheduler gives it a
+place and blocks of the cache; steps work on its prompt, piece by piece, and then on a token each, beside all others
+that run. What ends leaves at once, and the next that waits takes its place.
 """
 
 import asyncio
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from mqwen.engine.batch import Batch
+from mqwen.engine.adapters import Adapters
+from mqwen.engine.blocks import BlockPool
+from mqwen.engine.grammar import allowed_tokens
+from mqwen.engine.intake import Intake
 from mqwen.engine.observer import Observer
+from mqwen.engine.outbox import Outbox, tell
+from mqwen.engine.paged import count_blocks
 from mqwen.engine.pictures import PictureEncoder
 from mqwen.engine.request import (
-    ContextLengthError,
     EngineClosedError,
     EngineFailedError,
-    InvalidPictureError,
     Request,
     RequestError,
     TokenEvent,
     join,
 )
-from mqwen.engine.sampler import sample
+from mqwen.engine.runner import Runner
+from mqwen.engine.sampler import Sampled, Sampler
+from mqwen.engine.scheduler import Scheduler, Step, Work
 from mqwen.engine.sequence import Sequence
-from mqwen.engine.text import TextStream, token_bytes
 
 if TYPE_CHECKING:
     from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 3  # batches in a row, after which the engine calls itself ill
+MAX_FAILURES = 3  # steps in a row, after which the engine calls itself ill
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """max_length: most positions of a sequence, prompt and answer; None is the model's seq_length.
 
-    max_batch_positions bounds the cache: rows of a batch × the longest row. picture_cache_bytes bounds the features
-    kept of pictures seen before. model_name: what metrics call the model.
+    max_batch_size: most sequences at once. max_step_positions: most positions that one step works on; longer prompts
+    go in by pieces. kv_cache_bytes: of keys and values; None takes what `paged.count_blocks` finds right.
+    picture_cache_bytes bounds the features kept of pictures seen before. adapters: LoRA folders by the names that
+    requests give. model_name: what metrics call the model. overlap: schedule a step while the one before it runs; None
+    does so on a GPU.
     """
 
     model_name: str = "model"
     max_length: int | None = None
-    max_batch_size: int = 32
-    max_batch_positions: int = 65536
+    max_batch_size: int = 64
+    max_step_positions: int = 2048
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
     picture_threads: int = 2
     picture_batch: int = 32
     picture_cache_bytes: int = 256 << 20
+    adapters: Mapping[str, str | Path] = field(default_factory=dict)
+    overlap: bool | None = None
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """waiting, running: requests now; the rest since the start. Pictures are counted once a batch."""
+    """waiting, running: requests now. kv_blocks, kv_blocks_used: of the cache, now. picture_cache_bytes: now.
+
+    The rest since the start: prefix_queries and prefix_hits in positions of prompts, looked for and found in the cache;
+    pictures encoded, and found in theirs, counted once a step.
+    """
 
     waiting: int
     running: int
@@ -67,6 +83,11 @@ class EngineStats:
     aborted: int
     failed: int
     generated_tokens: int
+    preemptions: int
+    kv_blocks: int
+    kv_blocks_used: int
+    prefix_queries: int
+    prefix_hits: int
     pictures_encoded: int
     pictures_reused: int
     picture_cache_bytes: int
@@ -79,27 +100,49 @@ class Engine:
         self, model: "MQWenLMHeadModel", processor: "MQWenProcessor", settings: EngineSettings | None = None
     ) -> None:
         settings = settings or EngineSettings()
-        self._model, self._tokenizer, self._settings = model, processor.tokenizer, settings
-        self.max_length = settings.max_length or model.config.seq_length
-        self._stop_ids = frozenset(self._tokenizer.stop_ids)
-        self._token_bytes = token_bytes(processor.tokenizer)
+        self._model = model
+        adapters = Adapters(model, settings.adapters)
+        max_length = settings.max_length or model.config.seq_length
+        blocks = count_blocks(model, settings.block_size, max_length, settings.max_batch_size, settings.kv_cache_bytes)
+        self.max_length = min(max_length, blocks * settings.block_size)
         self._pictures = PictureEncoder(
             model,
             processor,
+            adapters,
             threads=settings.picture_threads,
             batch=settings.picture_batch,
             cache_bytes=settings.picture_cache_bytes,
         )
+        self._pool = BlockPool(blocks + 1, settings.block_size)
+        self._width = model.config.image_positions
+        self._scheduler = Scheduler(
+            self._pool, positions=settings.max_step_positions, rows=settings.max_batch_size, width=self._width
+        )
+        self._runner = Runner(
+            model,
+            adapters,
+            rows=settings.max_batch_size,
+            max_length=self.max_length,
+            blocks=blocks + 1,
+            size=settings.block_size,
+        )
+        self._sampler = Sampler(settings.max_batch_size, model.config.vocab_size, model.device)
+        self._intake = Intake(
+            model.config, processor.tokenizer, self._pictures, adapters, self._runner.rotary, self.max_length
+        )
+        self._stop_ids = frozenset(processor.tokenizer.stop_ids)
+        overlap = model.device.type == "cuda" if settings.overlap is None else settings.overlap
+        self._lag = 1 if overlap else 0
         self._live: dict[str, Sequence] = {}
         self._loading = 0  # admitted, their pictures not decoded yet
-        self._waiting: deque[Sequence] = deque()
-        self._running = 0
+        self._arrived: deque[Sequence] = deque()
+        self._aborted: deque[Sequence] = deque()
         self._counts: Counter[str] = Counter()
-        self._failures = 0  # batches that failed one after the other
+        self._failures = 0  # steps that failed one after the other
         self._closing = False
-        self._changed = threading.Condition()  # guards what both sides touch: _loading, _waiting, _closing
+        self._changed = threading.Condition()  # guards what both sides touch: _loading, _arrived, _aborted, _closing
         self._observer = Observer(settings.model_name)
-        self._observer.follow(waiting=lambda: self.stats().waiting, running=lambda: self.stats().running)
+        self._observer.follow(self.stats)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -109,16 +152,24 @@ class Engine:
         Raises RequestError where the request cannot be served, EngineClosedError after `drain`, EngineFailedError
         where a step failed.
         """
-        sequence = self._sequence(request)
+        sequence = self._accept(request, streams=True)
         try:
             await self._enqueue([sequence])
             event = None
             while event is None or event.finish_reason is None:
-                event = await sequence.next_event()
+                event = await sequence.outbox.take()
                 yield event
         finally:
-            sequence.aborted = True  # nothing to the thread if it has finished the sequence
-            del self._live[request.request_id]
+            self._leave(sequence)
+
+    async def complete(self, request: Request) -> TokenEvent:
+        """The whole answer as one event, at less cost than one by one. Raises what `generate` does."""
+        sequence = self._accept(request, streams=False)
+        try:
+            await self._enqueue([sequence])
+            return await _whole(sequence)
+        finally:
+            self._leave(sequence)
 
     def generate_all(self, requests: Iterable[Request]) -> list[TokenEvent | RequestError]:
         """For jobs: each request's whole answer as one event, or why it was refused, in their order.
@@ -133,38 +184,49 @@ class Engine:
         taken: list[Sequence | RequestError] = []
         for request in requests:
             try:
-                taken.append(self._sequence(request))
+                taken.append(self._accept(request, streams=False))
             except RequestError as error:
                 taken.append(error)
         sequences = [one for one in taken if isinstance(one, Sequence)]
+        answers: list[TokenEvent | RequestError] = []
         try:
             await self._enqueue(sequences)
-            return [await _whole(one) if isinstance(one, Sequence) else one for one in taken]
+            for one in taken:
+                try:
+                    answers.append(await _whole(one) if isinstance(one, Sequence) else one)
+                except RequestError as error:
+                    answers.append(error)
         finally:
             for sequence in sequences:
-                sequence.aborted = True
-                del self._live[sequence.request.request_id]
+                self._leave(sequence)
+        return answers
 
     def abort(self, request_id: str) -> None:
         """Ends a request, whose iterator then gives a last event with finish_reason "abort". Unknown ids are none."""
         if sequence := self._live.get(request_id):
-            sequence.aborted = True
+            self._abort(sequence)
 
     def stats(self) -> EngineStats:
+        scheduler, pictures = self._scheduler, self._pictures
         return EngineStats(
-            waiting=self._loading + len(self._waiting),
-            running=self._running,
+            waiting=self._loading + len(self._arrived) + len(scheduler.waiting),
+            running=len(scheduler.running),
             finished=self._counts["finished"],
             aborted=self._counts["aborted"],
             failed=self._counts["failed"],
             generated_tokens=self._counts["tokens"],
-            pictures_encoded=self._pictures.encoded,
-            pictures_reused=self._pictures.reused,
-            picture_cache_bytes=self._pictures.cache.bytes,
+            preemptions=scheduler.preemptions,
+            kv_blocks=self._pool.count,
+            kv_blocks_used=self._pool.count - self._pool.free,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            pictures_encoded=pictures.encoded,
+            pictures_reused=pictures.reused,
+            picture_cache_bytes=pictures.cache.bytes,
         )
 
     def health(self) -> bool:
-        """False where only a new process helps: the thread has ended, or one batch after the other fails."""
+        """False where only a new process helps: the thread has ended, or one step after the other fails."""
         return self._thread.is_alive() and self._failures < MAX_FAILURES
 
     async def drain(self) -> None:
@@ -175,123 +237,185 @@ class Engine:
         await asyncio.to_thread(self._thread.join)
         self._pictures.close()
 
-    def _sequence(self, request: Request) -> Sequence:
-        """Checks what can be known of a request before any work is done for it."""
-
-        def require(holds: bool, message: str, param: str) -> None:
-            if not holds:
-                raise RequestError(message, param)
-
-        rows = self._model.config.vocab_size
-        wrong = next((token for token in request.input_ids if not 0 <= token < rows), None)
-        require(request.request_id not in self._live, f"request {request.request_id!r} is under way", "request_id")
-        require(len(request.input_ids) > 0, "the prompt is empty", "input_ids")
-        require(wrong is None, f"token {wrong} is not in the vocabulary of {rows}", "input_ids")
-        require(request.max_tokens is None or request.max_tokens > 0, "max_tokens must be at least 1", "max_tokens")
-        require(request.temperature >= 0, "temperature must not be negative", "temperature")
-        require(0 < request.top_p <= 1, "top_p must be above 0 and at most 1", "top_p")
-        placeholders = list(request.input_ids).count(self._model.config.image_token_id)
-        if placeholders != len(request.pictures):
-            message = f"{len(request.pictures)} pictures were given for {placeholders} placeholders in the prompt"
-            raise InvalidPictureError(message, "pictures")
-        length = len(request.input_ids) + placeholders * (self._model.config.image_positions - 1)
-        limit = self.max_length - length if request.max_tokens is None else request.max_tokens
-        if limit < 1 or length + limit > self.max_length:
-            asked = "" if request.max_tokens is None else f" and {request.max_tokens} tokens to generate are asked for"
-            message = f"the prompt has {length} positions{asked}; the context has {self.max_length} for both"
-            raise ContextLengthError(message, "input_ids" if length >= self.max_length else "max_tokens")
-        sequence = Sequence(request, length, limit, TextStream(self._token_bytes, request.stop))
+    def _accept(self, request: Request, *, streams: bool) -> Sequence:
+        if request.request_id in self._live:
+            raise RequestError(f"request {request.request_id!r} is under way", "request_id")
+        sequence = self._intake.check(request, Outbox(streams))
         self._live[request.request_id] = sequence  # no await since it was looked for
         return sequence
 
+    def _leave(self, sequence: Sequence) -> None:
+        """Its reader needs no more of it."""
+        del self._live[sequence.request.request_id]
+        self._abort(sequence)
+
+    def _abort(self, sequence: Sequence) -> None:
+        with self._changed:
+            sequence.aborted = True
+            self._aborted.append(sequence)
+            self._changed.notify()
+
     async def _enqueue(self, sequences: list[Sequence]) -> None:
-        """Decodes pictures, then lets the thread have the sequences, all at once. Bad pictures fail their own alone."""
+        """Prepares sequences, then lets the thread have them, all at once. What is wrong with one fails it alone."""
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the engine is draining")
             self._loading += len(sequences)
         ready: list[Sequence] = []
         try:
-            loaded = await asyncio.gather(*(self._load(sequence) for sequence in sequences))
+            loaded = await asyncio.gather(*(self._intake.load(sequence) for sequence in sequences))
             ready = [sequence for sequence, good in zip(sequences, loaded, strict=True) if good]
         finally:
             with self._changed:
                 self._loading -= len(sequences)
-                self._waiting.extend(ready)
+                self._arrived.extend(ready)
                 self._changed.notify()
 
-    async def _load(self, sequence: Sequence) -> bool:
-        try:
-            sequence.pictures = await self._pictures.load(sequence.request.pictures)
-        except InvalidPictureError as error:
-            sequence.fail(error)
-            return False
-        return True
-
-    def _run(self) -> None:
-        """The engine's thread."""
-        while sequences := self._next_batch():
-            try:
-                self._observer.batch(sequences)
-                self._decode(Batch(self._model, sequences))
-                self._failures = 0
-            except Exception:
-                logger.exception("A batch of %d requests failed", len(sequences))
-                self._failures += 1
-                for sequence in sequences:
-                    if sequence.finish_reason is None:
-                        self._counts["failed"] += 1
-                        sequence.fail(EngineFailedError("a step of the engine failed; its log has the cause"))
-            self._running = 0
-
-    def _next_batch(self) -> list[Sequence]:
-        """Waiting requests, oldest first, as many as the bounds allow; none when the engine has drained."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or (self._closing and not self._loading))
-            batch: list[Sequence] = []
-            longest = 0
-            while self._waiting and len(batch) < self._settings.max_batch_size:
-                longest = max(longest, self._waiting[0].positions)
-                if batch and longest * (len(batch) + 1) > self._settings.max_batch_positions:
-                    break
-                batch.append(self._waiting.popleft())
-            self._running = len(batch)
-            return batch
-
     @torch.inference_mode()
-    def _decode(self, batch: Batch) -> None:
-        """A batch from its pictures to the end of its last sequence."""
-        self._end_aborted(batch)
-        if not batch.keep_running():
-            return
-        features = self._pictures.encode(picture for sequence in batch.sequences for picture in sequence.pictures)
-        logits = batch.prefill(features)
-        while True:
-            for sequence, token in zip(batch.sequences, sample(logits, batch.sequences), strict=True):
-                sequence.add(token, self._stop_ids)
-                self._counts["tokens"] += 1
-                self._counts["finished"] += sequence.finish_reason is not None
-            self._observer.step(batch.sequences)
-            self._end_aborted(batch)
-            if not batch.keep_running():
-                return
-            self._running = len(batch.sequences)
-            logits = batch.step()
+    def _run(self) -> None:
+        """The engine's thread. `under_way`: steps whose tokens are not known here yet; see `overlap`."""
+        under_way: deque[Launched] = deque()
+        while self._take_changes(busy=bool(under_way)):
+            step = self._scheduler.schedule()
+            if step.works:
+                try:
+                    under_way.append(self._launch(step))
+                except Exception:
+                    self._fail(step.works)
+            # A grammar must know a token to allow the next.
+            lag = self._lag if step.works and not any(work.sequence.grammar for work in step.works) else 0
+            while len(under_way) > lag:
+                launched = under_way.popleft()
+                try:
+                    self._finish(launched)
+                except Exception:
+                    self._fail(launched.works)
 
-    def _end_aborted(self, batch: Batch) -> None:
-        for sequence in batch.sequences:
-            if sequence.aborted and sequence.finish_reason is None:
-                sequence.end_aborted()
-                self._counts["aborted"] += 1
-                self._observer.end(sequence)
+    def _take_changes(self, busy: bool) -> bool:
+        """Requests that came or left since; waits for some where there is no work. False when all is drained."""
+
+        def closed() -> bool:
+            return self._closing and not self._loading and not self._arrived
+
+        busy = busy or bool(self._scheduler.running) or len(self._scheduler.waiting) > 0
+        with self._changed:
+            if not busy:
+                self._changed.wait_for(lambda: self._arrived or self._aborted or closed())
+            ends = not busy and closed()
+            arrived, aborted = list(self._arrived), list(self._aborted)
+            self._arrived.clear()
+            self._aborted.clear()
+        if arrived:
+            version = weights_version(self._model)
+            self._pictures.version = version
+            for sequence in arrived:
+                sequence.root = f"{version} {sequence.request.adapter} {sequence.alpha}".encode()
+                sequence.live = True
+                self._scheduler.waiting.push(sequence)
+        for sequence in arrived + aborted:
+            if sequence.aborted and sequence.live:
+                self._end_aborted(sequence)
+        return not ends
+
+    def _launch(self, step: Step) -> "Launched":
+        """Starts a step; on a GPU it is still running afterwards."""
+        self._observer.admitted([sequence for sequence in step.admitted if not sequence.completion_tokens])
+        self._runner.prepare(step)
+        for sequence in step.admitted:
+            assert sequence.row is not None
+            request, answer = sequence.request, sequence.ids[sequence.prompt_tokens : sequence.known]
+            self._sampler.admit(sequence.row, request, sequence.seed, request.input_ids, answer)
+        missing = [
+            (picture, work.sequence.request.adapter)
+            for work in step.works
+            for picture, _ in work.sequence.pictures_between(work.start, work.stop, self._width)
+            if picture.features is None
+        ]
+        if missing:
+            self._pictures.encode(missing)
+        logits, rows, positions = self._runner.forward(step.works)
+        sequences = [work.sequence for work in step.works if work.samples]
+        requests = [sequence.request for sequence in sequences]
+        logprobs = max((one.logprobs for one in requests if one.logprobs is not None), default=None)
+        allowed = allowed_tokens([sequence.grammar for sequence in sequences], logits.shape[1])
+        sampled = self._sampler.sample(logits, rows, positions, requests, logprobs, allowed)
+        self._runner.ids[rows, positions] = sampled.tokens
+        return Launched(step.works, sampled)
+
+    def _finish(self, launched: "Launched") -> None:
+        """Gives out the tokens of a step; who had its last leaves."""
+        tokens = launched.tokens()
+        sampled: list[Sequence] = []
+        place = 0  # among the sequences that sample
+        for work in launched.works:
+            sequence = work.sequence
+            if sequence.live and work.samples:
+                wants = sequence.request.logprobs
+                logprob = None if wants is None else launched.sampled.logprob(place, wants)
+                sequence.add(tokens[place], self._stop_ids, logprob)
+                sampled.append(sequence)
+            place += work.samples
+            if sequence.row is not None:  # else it has ended or was preempted, and its blocks may be another's
+                self._scheduler.publish(work)
+                sequence.drop_pictures(work.start, work.stop, self._width)
+        self._failures = 0
+        self._counts["tokens"] += len(sampled)
+        self._observer.step(sampled, self.stats())
+        ended = [sequence for sequence in sampled if sequence.finish_reason is not None]
+        for sequence in ended:
+            self._counts["finished"] += 1
+            self._remove(sequence)
+        left = tell(sequence.outbox for sequence in sampled if sequence.outbox.streams or not sequence.live)
+        for sequence in sampled:
+            if sequence.outbox in left and sequence.live:
+                self._end_aborted(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        sequence.live = False
+
+    def _end_aborted(self, sequence: Sequence) -> None:
+        self._remove(sequence)
+        self._counts["aborted"] += 1
+        sequence.end_aborted()
+        self._observer.end(sequence)
+        tell([sequence.outbox])
+
+    def _fail(self, works: list[Work]) -> None:
+        """A step failed: its requests end, all others go on."""
+        logger.exception("A step with %d requests failed", len(works))
+        self._failures += 1
+        for sequence in (work.sequence for work in works):
+            if sequence.live:
+                self._remove(sequence)
+                self._counts["failed"] += 1
+                sequence.outbox.fail(EngineFailedError("a step of the engine failed; its log has the cause"))
 
 
-async def _whole(sequence: Sequence) -> TokenEvent | RequestError:
+class Launched:
+    """A step under way. sampled: on its way to the host."""
+
+    def __init__(self, works: list[Work], sampled: Sampled) -> None:
+        self.works, self.sampled = works, sampled.to_host()
+        self._done = torch.cuda.Event() if sampled.tokens.is_cuda else None
+        if self._done is not None:
+            self._done.record()
+
+    def tokens(self) -> list[int]:
+        """Waits for them."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self.sampled.tokens.tolist()
+
+
+def weights_version(model: torch.nn.Module) -> str:
+    """Another one after each change of a weight in place: keys and values, and features, of the old ones are none."""
+    return str(sum(0 if one.is_inference() else one._version for one in model.parameters()))
+
+
+async def _whole(sequence: Sequence) -> TokenEvent:
     """A sequence's events as one, when it has ended."""
     events: list[TokenEvent] = []
-    try:
-        while not events or events[-1].finish_reason is None:
-            events.append(await sequence.next_event())
-    except RequestError as error:
-        return error
+    while not events or events[-1].finish_reason is None:
+        events.append(await sequence.outbox.take())
     return join(events)

@@ -7,9 +7,10 @@ import asyncio
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,17 +18,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mqwen.engine.adapters import Adapters
 from mqwen.engine.request import InvalidPictureError
 
 if TYPE_CHECKING:
     from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 
+Source = bytes | NDArray[np.uint8]
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(slots=True, eq=False)
 class Picture:
-    """One picture of a request: its features (P, E) where they were cached, else its pixels, uint8 (3, S, S)."""
+    """One picture of a request.
+
+    key: hash of its content. pixels: uint8 (3, S, S); None where its features were cached when the request came.
+    features: (P, E), as long as its positions are being worked on.
+    """
 
     key: str
+    source: Source
     pixels: NDArray[np.uint8] | None = None
     features: Tensor | None = None
 
@@ -36,57 +45,73 @@ class PictureEncoder:
     """Features (P, E) for pictures. `load` belongs to event loops, `encode` to the thread that owns the model."""
 
     def __init__(
-        self, model: "MQWenLMHeadModel", processor: "MQWenProcessor", *, threads: int, batch: int, cache_bytes: int
+        self,
+        model: "MQWenLMHeadModel",
+        processor: "MQWenProcessor",
+        adapters: Adapters,
+        *,
+        threads: int,
+        batch: int,
+        cache_bytes: int,
     ) -> None:
-        self._model, self._processor = model, processor
+        self._model, self._processor, self._adapters = model, processor, adapters
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="picture")
         self._batch = batch
         self.cache = FeatureCache(cache_bytes)
-        self.encoded = self.reused = 0  # distinct pictures of each batch
+        self.version = ""  # of the weights
+        self.encoded = self.reused = 0  # distinct pictures of each step
 
-    async def load(self, pictures: Sequence[bytes | NDArray[np.uint8]]) -> list[Picture]:
+    async def load(self, pictures: Sequence[Source], adapter: str | None) -> list[Picture]:
         """Decodes and resizes in threads. Raises InvalidPictureError, which names the picture by its place."""
-        loop = asyncio.get_running_loop()
-        return await asyncio.gather(*(loop.run_in_executor(self._pool, self._load, *at) for at in enumerate(pictures)))
+        run = asyncio.get_running_loop().run_in_executor
+        return await asyncio.gather(
+            *(run(self._pool, self._load, source, index, adapter) for index, source in enumerate(pictures))
+        )
 
-    def _load(self, index: int, source: bytes | NDArray[np.uint8]) -> Picture:
-        if isinstance(source, bytes):
-            key = hashlib.sha256(source).hexdigest()
-            if (features := self.cache.get(key)) is not None:
-                return Picture(key, features=features)
+    def _load(self, source: Source, index: int, adapter: str | None) -> Picture:
+        content = source if isinstance(source, bytes) else b"pixels" + source.tobytes()
+        picture = Picture(hashlib.sha256(content).hexdigest(), source)
+        if self.cache.get(self._cached_as(picture, adapter)) is None:
             try:
-                return Picture(key, pixels=self._processor.pixels(source))
+                picture.pixels = self._pixels(source)
             except ValueError as error:
                 raise InvalidPictureError(f"Picture {index + 1}: {error}", param=f"pictures[{index}]") from error
+        return picture
+
+    def _pixels(self, source: Source) -> NDArray[np.uint8]:
+        if isinstance(source, bytes):
+            return self._processor.pixels(source)
         size = self._processor.image_size
         if source.shape != (3, size, size) or source.dtype != np.uint8:
-            message = (
-                f"Picture {index + 1}: pixels must be uint8 (3, {size}, {size}), not {source.dtype} {source.shape}"
-            )
-            raise InvalidPictureError(message, f"pictures[{index}]")
-        key = hashlib.sha256(b"pixels" + source.tobytes()).hexdigest()
-        return Picture(key, pixels=source, features=self.cache.get(key))
+            raise ValueError(f"pixels must be uint8 (3, {size}, {size}), not {source.dtype} {source.shape}")
+        return source
 
-    def encode(self, pictures: Iterable[Picture]) -> dict[str, Tensor]:
-        """Features of each distinct picture, by key: (P, E) on the model's device."""
-        wanted = {picture.key: picture for picture in pictures}
-        features: dict[str, Tensor] = {}
-        for key, picture in wanted.items():
-            # Asked once more: another batch may have encoded it since it was loaded.
-            known = self.cache.get(key) if picture.features is None else picture.features
-            if known is not None:
-                features[key] = known
-        missing = [picture for key, picture in wanted.items() if key not in features]
-        self.reused += len(features)
+    def _cached_as(self, picture: Picture, adapter: str | None) -> str:
+        return f"{self.version} {adapter if self._adapters.change_pictures(adapter) else ''} {picture.key}"
+
+    def encode(self, pictures: Sequence[tuple[Picture, str | None]]) -> None:
+        """Gives each picture, with the adapter of its request, its features on the model's device."""
+        wanted = {self._cached_as(picture, adapter): (picture, adapter) for picture, adapter in pictures}
+        known = {name: features for name in wanted if (features := self.cache.get(name)) is not None}
+        missing = [(name, *one) for name, one in wanted.items() if name not in known]
+        self.reused += len(known)
         self.encoded += len(missing)
-        for start in range(0, len(missing), self._batch):
-            group = missing[start : start + self._batch]
-            pixels = torch.from_numpy(np.stack([picture.pixels for picture in group if picture.pixels is not None]))
-            encoded = self._model.encode_images(pixels.to(self._model.device))
-            for picture, feature in zip(group, encoded, strict=True):
-                features[picture.key] = feature
-                self.cache.put(picture.key, feature)
-        return features
+        missing.sort(key=lambda one: one[0])  # pictures of one adapter side by side
+        for own, group in groupby(missing, key=lambda one: one[2] if self._adapters.change_pictures(one[2]) else None):
+            named = [(name, picture) for name, picture, _ in group]
+            for start in range(0, len(named), self._batch):
+                known |= self._encode(named[start : start + self._batch], own)
+        for picture, adapter in pictures:
+            picture.features = known[self._cached_as(picture, adapter)]
+
+    def _encode(self, named: list[tuple[str, Picture]], adapter: str | None) -> dict[str, Tensor]:
+        # Decoded here where the features were cached when the request came, and have left since.
+        pixels = [self._pixels(one.source) if one.pixels is None else one.pixels for _, one in named]
+        with self._adapters.for_pictures(adapter):
+            encoded = self._model.encode_images(torch.from_numpy(np.stack(pixels)))
+        for (name, _), features in zip(named, encoded, strict=True):
+            self.cache.put(name, features)
+        return {name: features for (name, _), features in zip(named, encoded, strict=True)}
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,42 +1,173 @@
-"""Next tokens from logits. Shapes: B rows, V vocabulary."""
+"""Next tokens from logits, for all sequences of a step at once, on the device.
 
-from collections.abc import Sequence
-from random import Random
-from typing import Protocol
+Each running sequence has a row of settings here too. A draw is a function of its seed and its position alone, so that
+company, order and preemption change nothing.
 
+Shapes: S sequences that sample, V vocabulary, R rows.
+"""
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from mqwen.engine.device import to_device
+from mqwen.engine.request import Request, TokenLogprob
 
-class Sampling(Protocol):
-    """What the sampler needs to know of a row."""
-
-    temperature: float
-    top_p: float
-    random: Random  # the row's own, so that its draws do not depend on its neighbours or on the device
+SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def sample(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:
-    """One token a row. logits: (B, V), any float dtype. Temperature 0 takes the largest."""
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
-    drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
-    if drawn:
-        for i, token in zip(drawn, _draw(logits[drawn].float(), [rows[i] for i in drawn]), strict=True):
-            tokens[i] = token
-    return tokens
+def draws(request: Request) -> bool:
+    return request.temperature > 0
 
 
-def _draw(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:
-    """Temperature, then the nucleus (Holtzman et al. 2020, arXiv:1904.09751), then the inverse of the distribution."""
+def sorts(request: Request) -> bool:
+    return request.temperature > 0 and (request.top_p < 1 or request.top_k > 0)
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
 
-    probs = torch.softmax(logits / column([row.temperature for row in rows]), dim=-1)
-    probs, order = probs.sort(dim=-1, descending=True)
-    before = probs.cumsum(dim=-1) - probs  # the mass ahead of each token: 0 for the first, so one is always kept
-    kept = before < column([row.top_p for row in rows])
-    mass = (probs * kept).cumsum(dim=-1)
-    point = column([row.random.random() for row in rows]) * mass[:, -1:]
-    place = torch.searchsorted(mass, point, right=True).minimum(kept.sum(dim=-1, keepdim=True) - 1)
-    return order.gather(1, place).squeeze(1).tolist()
+def penalizes(request: Request) -> bool:
+    return request.repetition_penalty != 1 or request.presence_penalty != 0 or request.frequency_penalty != 0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """tokens: (S,). logprobs: (S,) of these; top: (S, n) log probabilities and tokens; None where nobody asked."""
+
+    tokens: Tensor
+    logprobs: Tensor | None = None
+    top: tuple[Tensor, Tensor] | None = None
+
+    def to_host(self) -> "Sampled":
+        """Without a wait: the values are there when the device has come so far."""
+        top = None if self.top is None else (_to_host(self.top[0]), _to_host(self.top[1]))
+        return Sampled(_to_host(self.tokens), None if self.logprobs is None else _to_host(self.logprobs), top)
+
+    def logprob(self, place: int, count: int) -> TokenLogprob:
+        """Of the sequence at `place`, with the `count` likeliest tokens."""
+        assert self.logprobs is not None
+        assert self.top is not None
+        values, tokens = (part[place, :count].tolist() for part in self.top)
+        return TokenLogprob(
+            int(self.tokens[place]), self.logprobs[place].item(), tuple(zip(tokens, values, strict=True))
+        )
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", non_blocking=True)
+
+
+class Sampler:
+    """rows: most sequences at once."""
+
+    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+        self._device, self._shape = device, (rows, vocab_size)
+        self._settings = torch.zeros(rows, len(SETTINGS), device=device)
+        self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._generated: Tensor | None = None  # (R, V), how often the answer holds a token
+        self._prompt: Tensor | None = None  # (R, V), whether the prompt does
+
+    def admit(self, row: int, request: Request, seed: int, prompt: Many[int], answer: NDArray[np.int64]) -> None:
+        """prompt: its tokens, pictures not expanded. answer: what is generated of it so far."""
+        self._settings[row] = self._send(np.array([getattr(request, name) for name in SETTINGS], np.float32))
+        self._seeds[row] = seed
+        if penalizes(request):
+            if self._generated is None:
+                self._generated = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+                self._prompt = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+            assert self._prompt is not None
+            self._prompt[row] = False
+            self._prompt[row, self._send(np.array(prompt))] = True
+            self._generated[row] = self._send(np.bincount(answer, minlength=self._shape[1]).astype(np.int32))
+
+    def sample(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        requests: Many[Request],
+        logprobs: int | None = None,
+        allowed: NDArray[np.int32] | None = None,
+    ) -> Sampled:
+        """One token a sequence.
+
+        logits: (S, V), any floating dtype. rows, positions: (S,), of the tokens to come. requests: they decide what is
+        computed at all. logprobs: the most that one of them asks for. allowed: (S, V / 32), bits of the tokens that
+        may come.
+        """
+        penalized = any(map(penalizes, requests))
+        logits = logits.float()
+        raw = logits
+        settings = self._settings[rows].T.unsqueeze(2)  # a column (S, 1) each
+        if penalized:
+            logits = self._penalize(logits, rows, *settings[4:])
+        if allowed is not None:
+            bits = self._send(allowed).unsqueeze(2) >> torch.arange(32, device=self._device, dtype=torch.int32)
+            logits = logits.masked_fill((bits & 1).flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
+        tokens = logits.argmax(dim=-1)
+        if any(map(draws, requests)):
+            temperature, top_p, top_k, min_p = settings[:4]
+            drawn = draw(
+                (logits - logits.amax(dim=-1, keepdim=True)) / temperature.where(temperature > 0, 1),
+                uniform(self._seeds[rows], positions),
+                top_p,
+                top_k if any(map(sorts, requests)) else None,
+                min_p,
+            )
+            tokens = drawn.where(temperature[:, 0] > 0, tokens)
+        if penalized:
+            assert self._generated is not None
+            self._generated[rows, tokens] += 1
+        if logprobs is None:
+            return Sampled(tokens)
+        every = raw.log_softmax(dim=-1)
+        values, likeliest = every.topk(logprobs)
+        return Sampled(tokens, every.gather(1, tokens.unsqueeze(1)).squeeze(1), (values, likeliest))
+
+    def _penalize(
+        self, logits: Tensor, rows: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+    ) -> Tensor:
+        """A sequence without penalties has the factors 1, 0, 0, which change nothing, whatever its rows hold."""
+        assert self._generated is not None
+        assert self._prompt is not None
+        counts = self._generated[rows]
+        seen = (counts > 0) | self._prompt[rows]
+        factors = torch.where(logits > 0, 1 / repetition, repetition)
+        logits = torch.where(seen, logits * factors, logits)
+        return logits - counts * frequency - (counts > 0) * presence
+
+    def _send(self, values: NDArray[np.generic]) -> Tensor:
+        return to_device(values, self._device)
+
+
+def draw(scores: Tensor, points: Tensor, top_p: Tensor, top_k: Tensor | None, min_p: Tensor) -> Tensor:
+    """(S,) tokens: the inverse of the distribution at the points.
+
+    scores: (S, V), logits over temperature. points: (S,), from 0 up to, but not, 1. top_p, top_k, min_p: (S, 1);
+    top_k None: neither top_k nor top_p leaves anything out. The order is transformers': the k likeliest, of these the
+    nucleus (Holtzman et al. 2020, arXiv:1904.09751), of that what min_p leaves (Nguyen et al. 2024, arXiv:2407.01082).
+    """
+    probs = scores.softmax(dim=-1)
+    order = None
+    if top_k is not None:
+        probs, order = probs.sort(dim=-1, descending=True)
+        probs = probs * ((torch.arange(probs.shape[1], device=probs.device) < top_k) | (top_k == 0))
+        before = probs.cumsum(dim=-1) - probs  # the mass ahead of each token: 0 for the first, so one is always kept
+        probs = probs * (before < top_p * probs.sum(dim=-1, keepdim=True))
+    probs = probs * (probs >= min_p * probs.amax(dim=-1, keepdim=True))
+    mass = probs.cumsum(dim=-1)
+    total = mass[:, -1:]
+    last = (mass < total).sum(dim=-1, keepdim=True)  # where rounding may put a point at the very end
+    place = torch.searchsorted(mass, points.unsqueeze(1).to(mass) * total, right=True).minimum(last)
+    return (place if order is None else order.gather(1, place)).squeeze(1)
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """(S,) numbers in [0, 1), float64: SplitMix64 (Steele et al. 2014) of seed and position. int64 wraps around."""
+    x = seeds + (positions + 1) * -0x61C8864680B583EB
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return ((x >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53

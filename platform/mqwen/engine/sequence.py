@@ -1,75 +1,116 @@
 """One request on its way through the engine."""
 
-import asyncio
+import hashlib
+import random
 import time
-from random import Random
+from itertools import accumulate
 
+import numpy as np
+
+from mqwen.engine.grammar import Grammar
+from mqwen.engine.outbox import Outbox
 from mqwen.engine.pictures import Picture
-from mqwen.engine.request import FinishReason, Request, TokenEvent
+from mqwen.engine.request import FinishReason, Request, TokenEvent, TokenLogprob
 from mqwen.engine.text import TextStream
 
 
 class Sequence:
-    """State of one request. Made on its event loop; once it waits, the engine's thread changes it, `aborted` apart.
+    """State of one request. Made on its event loop; once it waits, the engine's thread changes it.
 
-    prompt_tokens: positions of the prompt, pictures expanded. limit: most tokens to generate. token_seconds: what the
-    newest token took, from the one before or, the first, from the request's arrival.
+    ids: (prompt_tokens + limit,), what each position holds, a placeholder all through a picture's; `known` of them are
+    filled in. length: known positions, and those whose token a step under way will give. computed: positions whose
+    keys and values are, or will be after the steps under way, in `blocks`. row: its place in the runner's tables while
+    it runs. alpha: rotary factor, fixed by the prompt, for ever. keys: what each full block holds, in a chain.
+    live: the engine's thread has it, and it has not ended. aborted: nobody waits for it any more.
+    token_seconds: what the newest token took, from the one before or, the first, from the request's arrival.
     """
 
-    def __init__(self, request: Request, prompt_tokens: int, limit: int, text: TextStream) -> None:
+    def __init__(
+        self, request: Request, ids: np.ndarray, starts: list[int], limit: int, text: TextStream, outbox: Outbox
+    ) -> None:
+        """ids: the expanded prompt. starts: where its pictures begin."""
         self.request = request
-        self.prompt_tokens = prompt_tokens
         self.limit = limit
+        self.prompt_tokens = self.known = self.length = len(ids)
+        self.ids = np.concatenate((ids, np.zeros(limit, np.int64)))
+        self.starts = starts
         self.pictures: list[Picture] = []
-        self.temperature = request.temperature
-        self.top_p = request.top_p
-        self.random = Random(request.seed)
-        self.newest = 0  # the token sampled last
-        self.completion_tokens = 0
+        self.grammar: Grammar | None = None
+        self.seed = random.getrandbits(63) if request.seed is None else request.seed % (1 << 63)
+        self.alpha = 1.0
+        self.computed = 0
+        self.row: int | None = None
+        self.blocks: list[int] = []
+        self.keys: list[bytes] = []
+        self.root = b""
         self.arrived = self._token_at = time.perf_counter()
         self.token_seconds = 0.0
         self.finish_reason: FinishReason | None = None
+        self.live = False
         self.aborted = False
+        self.outbox = outbox
         self._text = text
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
 
     @property
-    def positions(self) -> int:
-        """Places in the cache that this sequence may come to fill."""
-        return self.prompt_tokens + self.limit
+    def completion_tokens(self) -> int:
+        return self.known - self.prompt_tokens
 
-    def add(self, token: int, stop_ids: frozenset[int]) -> None:
+    @property
+    def decodes(self) -> bool:
+        """One position is left to work on, and a token may follow from it; the last token is only given out."""
+        return self.length - self.computed == 1 and self.length < len(self.ids)
+
+    def add(self, token: int, stop_ids: frozenset[int], logprob: TokenLogprob | None) -> None:
         """Takes a sampled token and tells the reader; afterwards `finish_reason` says whether it was the last."""
-        self.newest = token
-        self.completion_tokens += 1
+        self.ids[self.known] = token
+        self.known += 1
+        if self.grammar is not None:
+            self.grammar.take(token)
         now = time.perf_counter()
         self.token_seconds, self._token_at = now - self._token_at, now
-        text = "" if token in stop_ids else self._text.push(token)
-        if token in stop_ids or self._text.stopped:
+        stops = not self.request.ignore_eos and (token in stop_ids or token in self.request.stop_ids)
+        text = "" if stops else self._text.push(token)
+        if stops or self._text.stopped or (self.grammar is not None and self.grammar.ended):
             self.finish_reason = "stop"
-        elif self.completion_tokens == self.limit:
+        elif self.known == len(self.ids):
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self._text.flush()
-        self._post(TokenEvent((token,), text, self.finish_reason, self.prompt_tokens, self.completion_tokens))
+        logprobs = () if logprob is None else (logprob,)
+        self.outbox.put(
+            TokenEvent((token,), text, self.finish_reason, self.prompt_tokens, self.completion_tokens, logprobs)
+        )
 
     def end_aborted(self) -> None:
         self.finish_reason = "abort"
-        self._post(TokenEvent((), "", "abort", self.prompt_tokens, self.completion_tokens))
+        self.outbox.put(TokenEvent((), "", "abort", self.prompt_tokens, self.completion_tokens))
 
-    def fail(self, error: Exception) -> None:
-        self._post(error)
+    def pictures_between(self, start: int, stop: int, width: int) -> list[tuple[Picture, int]]:
+        """Pictures of `width` positions that have some from `start` to `stop`, with their first position."""
+        if start >= self.prompt_tokens:
+            return []
+        pairs = zip(self.pictures, self.starts, strict=True)
+        return [(picture, at) for picture, at in pairs if at < stop and at + width > start]
 
-    def _post(self, event: TokenEvent | Exception) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the reader's loop has ended: nobody to tell
-            self.aborted = True
+    def drop_pictures(self, start: int, stop: int, width: int) -> None:
+        """Features that are in the cache as a whole once `start` to `stop` are."""
+        for picture, at in self.pictures_between(start, stop, width):
+            if at + width <= stop:
+                picture.features = None
 
-    async def next_event(self) -> TokenEvent:
-        """Raises what the engine failed with."""
-        event = await self._events.get()
-        if isinstance(event, Exception):
-            raise event
-        return event
+    def extend_keys(self, blocks: int, size: int, width: int) -> None:
+        """Keys of the first `blocks` blocks of `size` positions; a picture has `width` of them."""
+        while len(self.keys) < blocks:
+            start = len(self.keys) * size
+            digest = hashlib.sha256(self.keys[-1] if self.keys else self.root)
+            digest.update(self.ids[start : start + size].tobytes())
+            for picture, at in self.pictures_between(start, start + size, width):
+                digest.update(f" {at - start} {picture.key}".encode())
+            self.keys.append(digest.digest())
+
+
+def expand_pictures(ids: np.ndarray, image_token_id: int, width: int) -> tuple[np.ndarray, list[int]]:
+    """Each placeholder `width` times, and where each one's first stands now."""
+    repeats = np.where(ids == image_token_id, width, 1)
+    first = np.array([0, *accumulate(repeats[:-1].tolist())])
+    return np.repeat(ids, repeats), first[ids == image_token_id].tolist()

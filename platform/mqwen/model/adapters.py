@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mqwen.model.components import Folder, read_json, read_pickle, read_safetensors
@@ -97,6 +101,57 @@ def merge_adapter(model: nn.Module, folder: Folder) -> None:
     attach_adapter(model, folder).merge_and_unload()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)  # PEFT froze all of them
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """An adapter apart from its model. layers: by the layer's name, A (r, in) and (alpha / r) B (out, r).
+
+    projector: the adapter's own, where it brings one.
+    """
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+    projector: nn.Module | None
+
+    @property
+    def changes_tower(self) -> bool:
+        return any(not name.startswith("transformer.") and name != "lm_head" for name in self.layers)
+
+
+def read_adapter(model: nn.Module, folder: Folder) -> AdapterWeights:
+    """An adapter's weights, on the model's device and in its dtype; the model stays as it is.
+
+    Raises:
+        AdapterError: see `attach_adapter`; or it holds more than LoRA layers and a projector.
+    """
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = model.get_submodule(PROJECTOR)
+    projector = deepcopy(own)  # what the adapter brings goes into this one
+    setattr(model, PROJECTOR, projector)
+    brought = (Path(folder) / "other_params.bin").exists() or (Path(folder) / "other_params.safetensors").exists()
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
+    wrapped = None
+    try:
+        wrapped = attach_adapter(model, folder)
+        for name, module in model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                if name != PROJECTOR:
+                    raise AdapterError(f"{folder} brings a whole {name}; beside LoRA only {PROJECTOR} can be served")
+                projector, brought = module.modules_to_save["default"], True
+            elif isinstance(module, LoraLayer):
+                if module.use_dora["default"]:
+                    raise AdapterError(f"{folder} is a DoRA adapter; only plain LoRA is served")
+                weight = module.get_base_layer().weight
+                down, up = (part["default"].weight.detach().to(weight) for part in (module.lora_A, module.lora_B))
+                layers[name] = down, up * module.scaling["default"]
+    finally:
+        if wrapped is not None:
+            wrapped.unload()
+        setattr(model, PROJECTOR, own)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)  # PEFT froze all of them
+    projector = projector.to(next(own.parameters()).dtype).requires_grad_(False)
+    return AdapterWeights(layers, projector if brought else None)
 
 
 def _read_config(folder: Path) -> LoraConfig:

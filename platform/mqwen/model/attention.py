@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from mqwen.model.cache import MQWenCache
 from mqwen.model.rows import Expanded, Layout
 
 # The flag for causal attention was renamed while varlen_attn was young; torch 2.13 has window_size.
@@ -23,14 +24,16 @@ _CAUSAL: dict[str, Any] = (
 
 
 class AttentionPlan:
-    """What all layers of one forward share: rotary tables, logn factors, and who may see whom.
+    """What all layers of one forward share: rotary tables, logn factors, the cache, and who may see whom.
 
+    The blocks need no more of a plan than `cos`, `sin`, `logn` and `attend`; the engine has a plan of its own.
     A plain object on purpose: FSDP's mixed precision casts the floating tensors among a block's arguments, and would
     turn the tables into bfloat16.
 
     Attributes:
         cos, sin: (B, L, D / 2) or (1, L, D / 2), float32.
         logn: (B, L) or (1, L), float32, factors of the queries; or None.
+        cache: keys and values of earlier calls, grown by each layer; or None.
         causal: every place sees all places before it in its row, and nothing else must be kept from it.
         runs: lengths of the runs that the flattened (B * L) places fall into; places of one run see those before them.
         offsets: (number of runs + 1,), int32: where they begin and end, for the variable-length kernel.
@@ -38,10 +41,11 @@ class AttentionPlan:
         mask: (B or 1, 1, L, K), bool: True where a query may see a key.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, logn: Tensor | None) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor, logn: Tensor | None, cache: MQWenCache | None = None) -> None:
         self.cos = cos
         self.sin = sin
         self.logn = logn
+        self.cache = cache
         self.causal = False
         self.runs: list[int] | None = None
         self.offsets: Tensor | None = None
@@ -84,22 +88,22 @@ class AttentionPlan:
         if length > 1:
             self.mask = self.mask & _bottom_right(length, keys.shape[1], device)
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        """Softmax(q k^T / sqrt(D)) v over the keys that each query may see, those in the cache included.
 
-def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
-    """Softmax(q k^T / sqrt(D)) v over the keys that `plan` lets each query see.
+        Args:
+            query, key, value: (B, L, H, D), of the new places; query and key rotated.
 
-    Args:
-        query: (B, L, H, D), rotated.
-        key, value: (B, K, H, D); K = L but where a cache precedes.
-
-    Returns:
-        (B, L, H, D).
-    """
-    if plan.offsets is not None:
-        return _attend_runs(query, key, value, plan)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, is_causal=plan.causal)
-    return mixed.transpose(1, 2)
+        Returns:
+            (B, L, H, D).
+        """
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if self.cache is not None:
+            k, v = self.cache.update(k, v, layer)
+        if self.offsets is not None:  # nothing precedes then
+            return _attend_runs(query, key, value, self)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal)
+        return mixed.transpose(1, 2)
 
 
 def _attend_runs(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:

@@ -12,8 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from mqwen.model.attention import AttentionPlan, attend
-from mqwen.model.cache import MQWenCache
+from mqwen.model.attention import AttentionPlan
 from mqwen.model.configuration import MQWenConfig
 from mqwen.model.rotary import rotate
 
@@ -40,17 +39,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, plan: AttentionPlan, cache: MQWenCache | None) -> Tensor:
+    def forward(self, hidden: Tensor, plan: AttentionPlan) -> Tensor:
         rows, length, _ = hidden.shape
         qkv = self.c_attn(hidden).view(rows, length, 3, self.heads, -1)
         rotated = rotate(qkv[:, :, :2], plan.cos[:, :, None, None], plan.sin[:, :, None, None])
         query, key, value = rotated[:, :, 0], rotated[:, :, 1], qkv[:, :, 2]
         if plan.logn is not None:
             query = query * plan.logn[:, :, None, None].type_as(query)
-        if cache is not None:
-            keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), self.layer)
-            key, value = keys.transpose(1, 2), values.transpose(1, 2)
-        return self.c_proj(attend(query, key, value, plan).reshape(rows, length, -1))
+        return self.c_proj(plan.attend(query, key, value, self.layer).reshape(rows, length, -1))
 
 
 class MLP(nn.Module):
@@ -68,7 +64,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: (B, L, C) to (B, L, C). With a cache, appends the layer's keys and values to it.
+    """One layer: (B, L, C) to (B, L, C).
 
     Where transformers' `gradient_checkpointing_enable` has set `gradient_checkpointing`, what the backward pass needs
     is computed again there. That happens inside of forward, so that forward compiles with it, and what shards the
@@ -88,13 +84,13 @@ class Block(nn.Module):
         for projection in (self.attn.c_proj, self.mlp.c_proj):
             projection.init_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
-    def forward(self, hidden: Tensor, plan: AttentionPlan, past_key_values: MQWenCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, plan: AttentionPlan) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(self._layer, hidden, plan, past_key_values)
-        return self._layer(hidden, plan, past_key_values)
+            return self._gradient_checkpointing_func(self._layer, hidden, plan)
+        return self._layer(hidden, plan)
 
-    def _layer(self, hidden: Tensor, plan: AttentionPlan, cache: MQWenCache | None) -> Tensor:
-        hidden = hidden + self.attn(self.ln_1(hidden), plan, cache)
+    def _layer(self, hidden: Tensor, plan: AttentionPlan) -> Tensor:
+        hidden = hidden + self.attn(self.ln_1(hidden), plan)
         return hidden + self.mlp(self.ln_2(hidden))
 
 

@@ -136,7 +136,7 @@ class MQWenModel(MQWenPreTrainedModel):
 
         states = [hidden]
         for block in self.h:
-            hidden = block(hidden, plan, past_key_values=past_key_values)
+            hidden = block(hidden, plan)
             if output_hidden_states:
                 states.append(hidden)
         states[-1] = hidden = self.ln_f(hidden)
@@ -170,6 +170,6 @@ class MQWenModel(MQWenPreTrainedModel):
         cos, sin = rotary_tables(positions, alpha, config.rotary_dim, config.rotary_emb_base)
         reaches = past_length + expanded.ids.shape[1] > config.seq_length
         logn = logn_factors(positions, config.seq_length) if extends and config.use_logn_attn and reaches else None
-        plan = AttentionPlan(cos, sin, logn)
+        plan = AttentionPlan(cos, sin, logn, cache)
         plan.see(expanded, past_length, None if cache is None else cache.mask)
         return plan

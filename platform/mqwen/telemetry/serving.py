@@ -7,8 +7,18 @@ FIRST_TOKEN = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5
 NEXT_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 40)
 WHOLE_REQUEST = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 
-NUM_REQUESTS_RUNNING = Gauge("mqwen_num_requests_running", "Requests in the engine's batch.", MODEL)
-NUM_REQUESTS_WAITING = Gauge("mqwen_num_requests_waiting", "Requests in the engine, not in its batch yet.", MODEL)
+NUM_REQUESTS_RUNNING = Gauge("mqwen_num_requests_running", "Requests that the engine works on.", MODEL)
+NUM_REQUESTS_WAITING = Gauge("mqwen_num_requests_waiting", "Requests in the engine that wait for room.", MODEL)
+KV_CACHE_USAGE_PERC = Gauge("mqwen_kv_cache_usage_perc", "Share of the KV cache's blocks in use; 1 is all.", MODEL)
+NUM_PREEMPTIONS = Counter(
+    "mqwen_num_preemptions", "Times that a request gave its KV blocks up and waited again.", MODEL
+)
+PREFIX_CACHE_QUERIES = Counter(
+    "mqwen_prefix_cache_queries", "Positions of prompts looked for in the prefix cache.", MODEL, "tokens"
+)
+PREFIX_CACHE_HITS = Counter("mqwen_prefix_cache_hits", "Positions of prompts found there.", MODEL, "tokens")
+MM_CACHE_QUERIES = Counter("mqwen_mm_cache_queries", "Pictures looked for in the cache of their features.", MODEL)
+MM_CACHE_HITS = Counter("mqwen_mm_cache_hits", "Pictures found there, so not encoded again.", MODEL)
 
 REQUEST_SUCCESS = Counter(
     "mqwen_request_success",
@@ -25,7 +35,7 @@ GENERATION_TOKENS = Counter("mqwen_generation_tokens", "Tokens generated.", MODE
 
 REQUEST_QUEUE_TIME_SECONDS = Histogram(
     "mqwen_request_queue_time_seconds",
-    "Time from a request's arrival at the engine to its batch, its pictures' decoding included.",
+    "Time from a request's arrival at the engine to its first step, its pictures' decoding included.",
     MODEL,
     "seconds",
     WHOLE_REQUEST,
