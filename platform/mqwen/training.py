@@ -87,6 +87,7 @@ def run_training(settings: RunSettings) -> None:
         blank=stream.blank(),
         epochs=epochs,
         held_out=held_out.share if held_out else None,
+        imports=(Stream.__module__,),
     )
     cpus = settings.parallel.workers * settings.parallel.cpus_per_worker + 2
     with open_run(settings, config, processor) as run:

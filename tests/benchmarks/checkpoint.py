@@ -69,6 +69,7 @@ def measure(rank: int, sizes: Sizes, runs: str, folder: str) -> None:
         kv_channels=64,
         intermediate_size=sizes.hidden * 4,
         vocab_size=4096,
+        image_token_id=4000,
         vision_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2},
     )
     torch.manual_seed(0)

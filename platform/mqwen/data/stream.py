@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
 WINDOWS_AHEAD = 2  # for each CPU of the cluster: one that is being read, and one that is read while it waits its turn
 LEAST_AHEAD = 64 << 20  # bytes
+# Reading tasks run in processes of their own kind, which they need not share with whoever began the reading: those may
+# have imported much more.
+READERS = {"env_vars": {"MQWEN_ROLE": "reader"}}
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,14 @@ class Stream:
             # As many windows as rows suffice: each has one at least, but the first, of which none may be left.
             # One list of them at a time, on no CPU, as it waits for the readers. That also keeps Ray from fusing the
             # two, which would read a whole list in one task.
-            windows = ray.data.read_datasource(Windows(self.rows + 1), num_cpus=0, concurrency=1)
+            windows = ray.data.read_datasource(
+                Windows(self.rows + 1), num_cpus=0, concurrency=1, ray_remote_args={"runtime_env": READERS}
+            )
             return windows.map_batches(
-                WindowReader(self.order, self.processor, position), batch_size=1, batch_format="pyarrow"
+                WindowReader(self.order, self.processor, position),
+                batch_size=1,
+                batch_format="pyarrow",
+                runtime_env=READERS,
             )
 
     def _window_bytes(self) -> int:

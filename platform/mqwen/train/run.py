@@ -130,7 +130,9 @@ def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: F
             storage_filesystem=run.filesystem,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=parallel.max_failures),
-            worker_runtime_env={"env_vars": spares.environment()} if parallel.spares else {},
+            worker_runtime_env={"env_vars": spares.environment([work.__module__, *feed.imports])}
+            if parallel.spares
+            else {},
         ),
     )
     try:

@@ -1,17 +1,21 @@
 """Processes that are ready to become workers: a group that has lost one starts again without waiting for imports.
 
 Starting Python, torch and transformers takes most of a restart. So each rank asks its node for one process like its
-own, with all imported, and waiting; Ray takes it when it starts the next worker there. Rank 0 asks for READING more:
-reading starts again too, in processes of the same kind.
+own, with all imported, and waiting; Ray takes it when it starts the next worker there. Rank 0 asks for one more, which
+Ray Data's coordinator takes. Reading tasks are light, and have processes of their own kind.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+import grpc
 import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
@@ -21,22 +25,25 @@ from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
 
 AFTER = 20.0  # seconds from a group's start: shorter runs need none
-READING = 3  # Ray Data's coordinator and two readers
 KEPT = 24 * 3600  # seconds
 ANSWER = 10.0  # seconds
 MARK = "MQWEN_SPARES"
+IMPORTS = "MQWEN_SPARES_IMPORTS"
 
 
-def environment() -> dict[str, str]:
-    """What a run's worker processes must have in their environment for their successors to be prepared."""
-    return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.prepare", MARK: uuid4().hex}
+def environment(imports: Iterable[str]) -> dict[str, str]:
+    """What a run's worker processes must have in their environment for their successors to be prepared.
+
+    `imports` are modules that a worker needs.
+    """
+    return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.prepare", MARK: uuid4().hex, IMPORTS: ",".join(imports)}
 
 
 def prepare() -> None:
     """Ray calls this in every such process when it starts. The first ones, for which work waits, go on at once."""
-    if _wanted().exists():
-        import mqwen.data.stream
-        import mqwen.train.worker  # noqa: F401
+    if os.environ.get("MQWEN_ROLE") != "reader" and _wanted().exists():
+        for module in os.environ[IMPORTS].split(","):
+            importlib.import_module(module)
 
 
 def ask(count: int) -> threading.Timer:
@@ -58,7 +65,8 @@ def _ask(count: int) -> None:
         keep_alive_duration_secs=KEPT,
         num_workers=count,
     )
-    with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+    address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    with init_grpc_channel(address) as channel, suppress(grpc.RpcError):  # without spares a restart only takes longer
         NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER)
 
 

@@ -43,7 +43,7 @@ class Feed:
     """Where every worker finds its rows.
 
     `held_out` are those of a rank of so many, from the beginning; None is none. `epochs` says how many epochs lie
-    before a place.
+    before a place. `imports` are modules that reading needs on a worker.
     """
 
     split: Split
@@ -51,6 +51,7 @@ class Feed:
     blank: Batch
     epochs: Callable[[Place], float]
     held_out: Callable[[int, int], Iterator[Batch]] | None = None
+    imports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def work(config: dict[str, Task]) -> None:
             save(now)
 
     if settings.parallel.spares:
-        spares.ask(1 if rank else 1 + spares.READING)
+        spares.ask(1 if rank else 2)  # rank 0 begins the reading
     feed = task.feed
     held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
     data = Data(rows, feed.blank, held_out, task.cost.of, feed.epochs)
