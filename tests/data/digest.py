@@ -5,14 +5,11 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from threading import Lock
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.order import Position
 from mqwen.data.reader import WindowReader
 from mqwen.data.stream import Stream
-
-_starting = Lock()  # Ray Data keeps the settings of what is being started for the whole process
 
 Steps = list[list[Batch]]  # of each step its rows
 
@@ -39,8 +36,7 @@ def ranks_steps(
     on_step: Callable[[int, int], None] = lambda rank, step: None,
 ) -> Steps:
     """What the loops of `workers` ranks receive in `steps` steps from a position on, by the loop's rule."""
-    with _starting:
-        parts = stream.split(position, workers)
+    parts = stream.split(position, workers)
 
     def rank_steps(rank: int) -> Steps:
         rows, found = stream.read(parts[rank], position, 1.0), []
