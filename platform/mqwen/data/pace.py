@@ -7,21 +7,22 @@ import time
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-LONGEST_PAUSE = 0.05  # seconds
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.05  # seconds
 
 
 class Pace(ExecutionCallback):
     """Ray Data's scheduler looks again at once while readers wait for room; on a small machine that costs a core.
 
-    Here it waits, the longer the longer nothing was read: up to LONGEST_PAUSE seconds.
+    Here it waits, the longer the longer nothing was read. A look takes all rows that have come since the last one, so
+    that waiting a little even then, while rows come, delays them but makes them no fewer.
     """
 
     def __init__(self) -> None:
-        self._done, self._pause = 0, 0.0
+        self._done, self._pause = 0, SHORTEST_PAUSE
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         metrics = [operator.metrics for operator in executor._topology]
         done = sum(metric.num_tasks_submitted + metric.num_task_outputs_generated for metric in metrics)
-        self._pause = min(LONGEST_PAUSE, 1.5 * self._pause + 0.0005) if done == self._done else 0.0
+        self._pause = min(LONGEST_PAUSE, 1.5 * self._pause) if done == self._done else SHORTEST_PAUSE
         self._done = done
         time.sleep(self._pause)
