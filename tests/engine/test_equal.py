@@ -102,7 +102,7 @@ def compare_many(model: MQWenLMHeadModel, processor: MQWenProcessor, requests: i
     random = Random(seed)
     asked = [ask_alone(model, processor, draw_request(random, processor, str(n))) for n in range(requests)]
     drawn = [draw_settings(random) for _ in range(settings)]
-    drawn[0] = replace(drawn[0], kv_cache_bytes=20 * BLOCK, max_step_positions=16, block_size=16, max_batch_size=8)
+    drawn[0] = replace(drawn[0], kv_cache_bytes=20 * BLOCK, max_step_positions=16, block_size=2, max_batch_size=8)
     share = -(-requests // settings)
     stats = [compare(model, processor, one, asked[i * share :][:share], random) for i, one in enumerate(drawn)]
     assert sum(one.preemptions for one in stats) > 0

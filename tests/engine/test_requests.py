@@ -128,8 +128,8 @@ def test_logprobs_are_those_of_the_model(model: MQWenLMHeadModel, processor: MQW
             assert answer.logprobs == ()
             continue
         with torch.inference_mode():
-            logits = model(torch.tensor([ids + list(answer.token_ids)])).logits[0, len(ids) - 1 : -1]
-        logits[:, processor.tokenizer.image_token_id] = -torch.inf
+            logits = model(torch.tensor([ids + list(answer.token_ids)])).logits[0, len(ids) - 1 : -1].clone()
+            logits[:, processor.tokenizer.image_token_id] = -torch.inf
         expected = logits.log_softmax(-1)
         for token, one, row in zip(answer.token_ids, answer.logprobs, expected, strict=True):
             assert one.token_id == token

@@ -87,7 +87,7 @@ def test_presence_and_frequency_penalties_by_their_formula() -> None:
     options = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "logprobs": 12, "temperature": 1.0}
     draws = 20_000
     drawn = sample(logits.expand(draws, -1), [options] * draws, seeds=range(draws), answer=[2, 2, 9])
-    expected = torch.zeros(12).index_put((torch.tensor([2, 9]),), torch.tensor([-1.0, -0.75])).softmax(-1).double()
+    expected = torch.zeros(12).index_put((torch.tensor([2, 9]),), torch.tensor([-1.0, -0.75])).double().softmax(-1)
     counts = torch.bincount(drawn.tokens, minlength=12).numpy()
     assert chisquare(counts, (expected * draws).numpy()).pvalue > 1e-3
     one = drawn.logprob(0, 3)

@@ -141,8 +141,7 @@ class Engine:
         self._failures = 0  # steps that failed one after the other
         self._closing = False
         self._changed = threading.Condition()  # guards what both sides touch: _loading, _arrived, _aborted, _closing
-        self._observer = Observer(settings.model_name)
-        self._observer.follow(self.stats)
+        self._observer = Observer(settings.model_name, self.stats)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 

@@ -11,25 +11,11 @@ if TYPE_CHECKING:
     from mqwen.engine.engine import EngineStats
 
 
-# What the engine counts itself.
-TOTALS: "dict[serving.Counter, Callable[[EngineStats], int]]" = {
-    serving.NUM_PREEMPTIONS: lambda stats: stats.preemptions,
-    serving.PREFIX_CACHE_QUERIES: lambda stats: stats.prefix_queries,
-    serving.PREFIX_CACHE_HITS: lambda stats: stats.prefix_hits,
-    serving.MM_CACHE_QUERIES: lambda stats: stats.pictures_encoded + stats.pictures_reused,
-    serving.MM_CACHE_HITS: lambda stats: stats.pictures_reused,
-}
-
-
 class Observer:
-    """model_name: what metrics call the model. Its methods are the engine's thread's."""
+    """model_name: what metrics call the model. stats: of the engine, now. Its methods are the engine's thread's."""
 
-    def __init__(self, model_name: str) -> None:
-        self._model = model_name
-        self._seen = dict.fromkeys(TOTALS, 0)
-
-    def follow(self, stats: "Callable[[], EngineStats]") -> None:
-        """What is true of the engine at a time is asked for from now on."""
+    def __init__(self, model_name: str, stats: "Callable[[], EngineStats]") -> None:
+        self._model, self._seen = model_name, stats()
         serving.NUM_REQUESTS_WAITING.follow(lambda: stats().waiting, model_name=self._model)
         serving.NUM_REQUESTS_RUNNING.follow(lambda: stats().running, model_name=self._model)
         serving.KV_CACHE_USAGE_PERC.follow(lambda: stats().kv_blocks_used / stats().kv_blocks, model_name=self._model)
@@ -51,9 +37,13 @@ class Observer:
                 serving.INTER_TOKEN_LATENCY_SECONDS.observe(sequence.token_seconds, model_name=self._model)
             if sequence.finish_reason is not None:
                 self.end(sequence)
-        for counter, value in TOTALS.items():
-            counter.add(value(stats) - self._seen[counter], model_name=self._model)
-            self._seen[counter] = value(stats)
+        seen, self._seen = self._seen, stats
+        encoded, reused = stats.pictures_encoded - seen.pictures_encoded, stats.pictures_reused - seen.pictures_reused
+        serving.NUM_PREEMPTIONS.add(stats.preemptions - seen.preemptions, model_name=self._model)
+        serving.PREFIX_CACHE_QUERIES.add(stats.prefix_queries - seen.prefix_queries, model_name=self._model)
+        serving.PREFIX_CACHE_HITS.add(stats.prefix_hits - seen.prefix_hits, model_name=self._model)
+        serving.MM_CACHE_QUERIES.add(encoded + reused, model_name=self._model)
+        serving.MM_CACHE_HITS.add(reused, model_name=self._model)
 
     def end(self, sequence: Sequence) -> None:
         serving.REQUEST_SUCCESS.add(model_name=self._model, finished_reason=str(sequence.finish_reason))

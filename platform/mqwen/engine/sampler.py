@@ -152,18 +152,17 @@ def draw(scores: Tensor, points: Tensor, top_p: Tensor, top_k: Tensor | None, mi
     nucleus (Holtzman et al. 2020, arXiv:1904.09751), of that what min_p leaves (Nguyen et al. 2024, arXiv:2407.01082).
     """
     probs = scores.softmax(dim=-1)
-    order = None
     if top_k is not None:
-        probs, order = probs.sort(dim=-1, descending=True)
-        probs = probs * ((torch.arange(probs.shape[1], device=probs.device) < top_k) | (top_k == 0))
-        before = probs.cumsum(dim=-1) - probs  # the mass ahead of each token: 0 for the first, so one is always kept
-        probs = probs * (before < top_p * probs.sum(dim=-1, keepdim=True))
+        ordered, order = probs.sort(dim=-1, descending=True)
+        ordered = ordered * ((torch.arange(probs.shape[1], device=probs.device) < top_k) | (top_k == 0))
+        before = ordered.cumsum(dim=-1) - ordered  # the mass ahead of each: 0 for the first, so one is always kept
+        ordered = ordered * ((before < top_p * ordered.sum(dim=-1, keepdim=True)) | (top_p >= 1))
+        probs = torch.zeros_like(probs).scatter(1, order, ordered)  # company that sorts must not change a draw
     probs = probs * (probs >= min_p * probs.amax(dim=-1, keepdim=True))
     mass = probs.cumsum(dim=-1)
     total = mass[:, -1:]
     last = (mass < total).sum(dim=-1, keepdim=True)  # where rounding may put a point at the very end
-    place = torch.searchsorted(mass, points.unsqueeze(1).to(mass) * total, right=True).minimum(last)
-    return (place if order is None else order.gather(1, place)).squeeze(1)
+    return torch.searchsorted(mass, points.unsqueeze(1).to(mass) * total, right=True).minimum(last).squeeze(1)
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ NUM_PREEMPTIONS = Counter(
     "mqwen_num_preemptions", "Times that a request gave its KV blocks up and waited again.", MODEL
 )
 PREFIX_CACHE_QUERIES = Counter(
-    "mqwen_prefix_cache_queries", "Positions of prompts looked for in the prefix cache.", MODEL, "tokens"
+    "mqwen_prefix_cache_queries", "Positions of prompts looked for in the prefix cache.", MODEL
 )
-PREFIX_CACHE_HITS = Counter("mqwen_prefix_cache_hits", "Positions of prompts found there.", MODEL, "tokens")
+PREFIX_CACHE_HITS = Counter("mqwen_prefix_cache_hits", "Positions of prompts found there.", MODEL)
 MM_CACHE_QUERIES = Counter("mqwen_mm_cache_queries", "Pictures looked for in the cache of their features.", MODEL)
 MM_CACHE_HITS = Counter("mqwen_mm_cache_hits", "Pictures found there, so not encoded again.", MODEL)
 
