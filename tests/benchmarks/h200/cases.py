@@ -78,9 +78,9 @@ class Watched:
         with self._span("backward"):
             self._strategy.backward(loss, last)
 
-    def step(self) -> float:
+    def step(self, accepts: Any = lambda norm: True) -> float:
         with self._span("optimizer"):
-            return self._strategy.step()
+            return self._strategy.step(accepts)
 
     @contextmanager
     def _span(self, name: str) -> Iterator[None]:
