@@ -2,7 +2,9 @@
 
 First the ceilings, then the cases that `--cases` names (patterns; all where none is given), as many as begin within
 `--minutes`. Writes a dated Markdown file and the same as JSON into tests/benchmarks/results, or into `--out`.
-`--probe` measures the alternatives for each part of a step instead. `--tiny` shows on a CPU that all of it runs.
+`--ray` then trains under Ray, fed by its stream from JPEGs in shards. `--probe` measures the alternatives for each part
+of a step instead. `--plan` compares measured memory with what jobs/plan.py estimates. `--tiny` shows on a CPU that all
+of it runs.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from mqwen.train.settings import ComputeSettings
 from tests.benchmarks.h200 import probe, report
 from tests.benchmarks.h200.cases import Case, Result, one_process, run_case, run_llava
 from tests.benchmarks.h200.measure import attempt, ceilings, machine
+from tests.benchmarks.h200.plan import print_plans
 from tests.benchmarks.h200.rows import Shape
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,9 +62,25 @@ def cases(rows: int, length: int, every: int) -> list[Case]:
         Case(f"sft-full {length} full", "sft-full", short, compute=full),
         Case(f"sft-full {4 * length} selective", "sft-full", long, compute=selective),
         Case(f"sft-full {4 * length} full", "sft-full", long, compute=full),
+        Case(f"sft-full {length} checkpoint", "sft-full", short, saves=True),
         Case(f"sft-lora {length}", "sft-lora", short),
         Case(f"sft-lora {length} answers", "sft-lora", Shape(rows, length, every, "answers")),
+        Case(f"align {length}", "align", short),
+        Case(f"align {length} answers", "align", Shape(rows, length, every, "answers")),
     ]
+
+
+def check_softmax() -> bool:
+    """Whether the kernel computes what plain torch does."""
+    from mqwen.model.softmax_kernel import softmax_gradient_in_place
+
+    logits = torch.randn(64, 151_936, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(0, 151_936, (64,), device="cuda").index_fill(0, torch.tensor([5], device="cuda"), -100)
+    expected = loss.softmax_gradient(logits, targets)
+    found = softmax_gradient_in_place(logits.clone(), targets)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-6)
+    return True
 
 
 def check_product() -> bool:
@@ -78,6 +97,9 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a case")
     parser.add_argument("--minutes", type=float, default=9.0, help="no case or part begins later")
     parser.add_argument("--probe", nargs="*", choices=list(probe.PARTS), help="parts to probe; all where none is named")
+    parser.add_argument("--profile", action="store_true", help="prints the kernels of each case's last step")
+    parser.add_argument("--ray", action="store_true", help="then the whole job, beside the bare loop on the same rows")
+    parser.add_argument("--plan", type=Path, help="a JSON file of results: prints what memory is planned for its cases")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--list", action="store_true", help="names the cases")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -91,6 +113,9 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     names = [case.name for case in known] + llava
     if given.list:
         print("\n".join(names))
+        return []
+    if given.plan:
+        print_plans(given.plan, config)
         return []
     torch.manual_seed(0)
     about = machine(device)
@@ -111,6 +136,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
 
     if device.type == "cuda" and attempt("addmm into float32", check_product) is None:
         loss._add_product = lambda total, a, b: total.add_(a @ b)  # type: ignore[assignment]
+    if device.type == "cuda" and attempt("the kernel of the loss", check_softmax) is None:
+        return []
     wanted = list(dict.fromkeys(name for pattern in given.cases for name in fnmatch.filter(names, pattern)))
     results = list[Result]()
     with one_process(device):
@@ -124,10 +151,16 @@ def main(arguments: list[str] | None = None) -> list[Result]:
                 result = attempt(name, lambda s=shape: run_llava(s, config, device, found, given.steps))
             else:
                 case = next(case for case in known if case.name == name)
-                result = attempt(name, lambda c=case: run_case(c, config, device, found, given.steps))
+                result = attempt(name, lambda c=case: run_case(c, config, device, found, given.steps, given.profile))
             if result is not None:
                 results.append(result)
+                report.write(given.out, about, found, results)
                 print(f"{report.line(result)}  [{time.monotonic() - started:.0f} s]", flush=True)
+    if given.ray:
+        from tests.benchmarks.h200.whole_job import Job, run_job  # Ray is wanted for nothing else here
+
+        job = Job.tiny() if given.tiny else Job()
+        results += attempt("the whole job", lambda: run_job(job, config, device, found)) or []
     report.write(given.out, about, found, results)
     return results
 

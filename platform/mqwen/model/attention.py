@@ -37,7 +37,7 @@ class AttentionPlan:
         causal: every place sees all places before it in its row, and nothing else must be kept from it.
         runs: lengths of the runs that the flattened (B * L) places fall into; places of one run see those before them.
         offsets: (number of runs + 1,), int32: where they begin and end, for the variable-length kernel.
-        longest: positions of the longest run.
+        longest: positions of a row, which no run exceeds. It is the same for all packings, as compiled blocks want it.
         mask: (B or 1, 1, L, K), bool: True where a query may see a key.
     """
 
@@ -73,7 +73,7 @@ class AttentionPlan:
                 self.runs = expanded.runs
                 offsets = torch.tensor([0, *accumulate(self.runs)], dtype=torch.int32)
                 self.offsets = offsets.to(device, non_blocking=True)
-                self.longest = max(self.runs)
+                self.longest = length
                 return
             keys = queries = segments
         else:
@@ -107,15 +107,22 @@ class AttentionPlan:
 
 
 def _attend_runs(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
-    """Runs that cannot see each other, without a mask: one variable-length kernel, or else run by run."""
+    """Runs that cannot see each other: one variable-length kernel; elsewhere run by run, or compiled, with a mask."""
     assert plan.offsets is not None
-    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        # A compiled block must not look at the list of runs: it would be compiled again for every packing.
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
         mixed = varlen_attn(q, k, v, plan.offsets, plan.offsets, plan.longest, plan.longest, **CAUSAL)
         assert isinstance(mixed, Tensor)
         return mixed.view_as(query)
+    if torch.compiler.is_compiling():
+        # Looking at the list of runs would compile the block again for every packing.
+        places = torch.arange(query.shape[0] * query.shape[1], dtype=torch.int32, device=query.device)
+        run = torch.searchsorted(plan.offsets, places, right=True).view(query.shape[:2])
+        mask = (run.unsqueeze(2) == run.unsqueeze(1)).tril().unsqueeze(1)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     assert plan.runs is not None
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(plan.runs, dim=2) for x in (q, k, v)), strict=True)
     mixed = torch.cat([F.scaled_dot_product_attention(a, b, c, is_causal=True) for a, b, c in parts], dim=2)
     return mixed.squeeze(0).transpose(0, 1).reshape(query.shape)

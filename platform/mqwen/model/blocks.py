@@ -41,9 +41,8 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, plan: AttentionPlan) -> Tensor:
         rows, length, _ = hidden.shape
-        qkv = self.c_attn(hidden).view(rows, length, 3, self.heads, -1)
-        rotated = rotate(qkv[:, :, :2], plan.cos[:, :, None, None], plan.sin[:, :, None, None])
-        query, key, value = rotated[:, :, 0], rotated[:, :, 1], qkv[:, :, 2]
+        query, key, value = self.c_attn(hidden).view(rows, length, 3, self.heads, -1).unbind(2)
+        query, key = (rotate(x, plan.cos[:, :, None], plan.sin[:, :, None]) for x in (query, key))
         if plan.logn is not None:
             query = query * plan.logn[:, :, None, None].type_as(query)
         return self.c_proj(plan.attend(query, key, value, self.layer).reshape(rows, length, -1))

@@ -49,9 +49,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (rotary_pct < 1) pass unrotated.
     """
     half = cos.shape[-1]
-    first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
-    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+    # The backward pass of unbind is one stack, that of slices are zeros to add to.
+    first, second = x[..., : 2 * half].unflatten(-1, (2, half)).float().unbind(-2)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-2).type_as(x)
+    return rotated if x.shape[-1] == 2 * half else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
 
 
 def logn_factors(positions: Tensor, seq_length: int) -> Tensor:

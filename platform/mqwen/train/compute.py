@@ -41,6 +41,11 @@ def prepare(model: MQWenLMHeadModel, settings: ComputeSettings) -> None:
             block.forward = torch.compile(block.forward, fullgraph=True)
         for layer in model.visual.vision_model.encoder.layers:
             layer.forward = torch.compile(layer.forward)
+    if model.device.type == "cuda":
+        from mqwen.model.softmax_kernel import softmax_gradient_in_place  # Triton is not there without a GPU
+
+        model.lm_head.kernel = softmax_gradient_in_place
+    elif settings.compile:
         model.lm_head.kernel = torch.compile(model.lm_head.kernel, dynamic=True)
 
 

@@ -184,12 +184,12 @@ def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progr
         )
         watch.step(record)
         if progress.step % settings.evaluation.every == 0 or record.spent >= 1:
-            progress = evaluated = _evaluate(strategy, data, progress, watch)
+            progress = evaluated = _evaluate(settings, strategy, data, progress, watch)
         if progress.step % settings.checkpoint.every == 0 or wishes:
             saved = progress
             watch.checkpoint(saved)
     if progress.step > evaluated.step:
-        progress = _evaluate(strategy, data, progress, watch)
+        progress = _evaluate(settings, strategy, data, progress, watch)
     if progress.step > saved.step:
         watch.checkpoint(progress)
     return progress
@@ -206,7 +206,7 @@ def _out_of_patience(settings: RunSettings, progress: Progress) -> bool:
     return 0 < settings.evaluation.patience <= progress.worse
 
 
-def _evaluate(strategy: Strategy, data: Data, progress: Progress, watch: Watch) -> Progress:
+def _evaluate(settings: RunSettings, strategy: Strategy, data: Data, progress: Progress, watch: Watch) -> Progress:
     """The loss on the held-out rows. A rank whose rows have ended runs blank ones until all ranks' have."""
     started, total, tokens = time.perf_counter(), 0.0, 0
     rows = iter(data.held_out)
@@ -219,7 +219,8 @@ def _evaluate(strategy: Strategy, data: Data, progress: Progress, watch: Watch) 
             if not n_rows:
                 break
             inputs = (row or data.blank).inputs
-            loss = strategy.model(**inputs, num_items_in_batch=1, **LOSS_ONLY).loss
+            length = settings.data.pack_length
+            loss = strategy.model(**inputs, num_items_in_batch=1, row_length=length, **LOSS_ONLY).loss
             total += _sum_over_ranks(loss.item())[0]
             tokens += int(labelled)
     strategy.model.train()

@@ -45,6 +45,12 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    def make_room(self, state: dict[str, Any]) -> None:
+        """Pins memory for a GPU's state beside the training, or else its first checkpoint would wait for that."""
+        if torch.cuda.is_available():
+            self._thread = threading.Thread(target=self._stager.stage, args=(state,), daemon=True, name="make room")
+            self._thread.start()
+
     def save(
         self,
         state: dict[str, Any],

@@ -114,6 +114,7 @@ def work(config: dict[str, Task]) -> None:
         metrics = Metrics(settings, device, peak, workers, task.started, progress.seconds - task.productive)
         profiler = StepProfiler(task.run, settings.profile, progress.step) if settings.profile else None
     saver = Saver(task.run, settings)
+    saver.make_room(strategy.state())
     watchdog = Watchdog(task.run, rank, settings.parallel.hang_timeout)
     guard = Guard(settings.guard, task.run, _recent(task.run, progress))
     notice = Notice()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 
 from mqwen.model import MQWenConfig
+from mqwen.storage import locate
 from mqwen.train.build import build_model
 from mqwen.train.loop import Data, Progress, StepRecord, Watch, train
 from mqwen.train.recipes import recipe
+from mqwen.train.saver import Saver
 from mqwen.train.settings import ComputeSettings, RunSettings
 from mqwen.train.strategy import Strategy, make_strategy
 from tests.benchmarks.h200.flops import flops
-from tests.benchmarks.h200.measure import DATASHEET, Ceilings
+from tests.benchmarks.h200.measure import DATASHEET, Ceilings, print_kernels, profiled, synchronize
 from tests.benchmarks.h200.rows import Shape, made_rows, supervise_all
 
 WARM_STEPS = 2
@@ -37,6 +39,7 @@ class Case:
     passes: int = 4
     compute: ComputeSettings = field(default_factory=lambda: ComputeSettings(compile=True))
     flash: bool = False  # torch's FlashAttention-2 in the place of cuDNN
+    saves: bool = False  # checkpoints on the way
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Result:
     split: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
 
 
 class Watched:
@@ -78,9 +82,9 @@ class Watched:
         with self._span("backward"):
             self._strategy.backward(loss, last)
 
-    def step(self) -> float:
+    def step(self, accepts: Any = lambda norm: True) -> float:
         with self._span("optimizer"):
-            return self._strategy.step()
+            return self._strategy.step(accepts)
 
     @contextmanager
     def _span(self, name: str) -> Iterator[None]:
@@ -121,9 +125,68 @@ def settings_of(case: Case, steps: int) -> RunSettings:
     )
 
 
-def run_case(case: Case, config: MQWenConfig, device: torch.device, found: Ceilings, steps: int) -> Result:
-    """The project's loop over `steps` measured steps, after two to warm up."""
-    settings = settings_of(case, WARM_STEPS + steps)
+@dataclass
+class Loop:
+    """What a run of the loop left: its records, seconds of a measured step by part, seconds of the first steps."""
+
+    records: list[StepRecord]
+    split: dict[str, float]
+    first_steps_s: float
+
+    @property
+    def measured(self) -> list[StepRecord]:
+        return self.records[WARM_STEPS:]
+
+    @property
+    def seconds(self) -> float:
+        return sum(record.seconds for record in self.measured)
+
+
+def bare_loop(
+    settings: RunSettings,
+    strategy: Strategy,
+    rows: Iterator[Any],
+    blank: Any,
+    on_checkpoint: Callable[[Progress], None] = lambda progress: None,
+    flops_of: Callable[[Any], float] = lambda row: 0.0,
+    profiled_step: int = 0,
+) -> Loop:
+    """The project's loop without Ray; its first steps warm up. Prints where the time of `profiled_step` goes."""
+    watched, records = Watched(strategy), list[StepRecord]()
+    begun, warmed, compiled = time.perf_counter(), 0.0, 0
+    tracing, trace = ExitStack(), list[torch.profiler.profile]()
+
+    def on_step(record: StepRecord) -> None:
+        nonlocal warmed, compiled
+        records.append(record)
+        if record.step == WARM_STEPS:
+            watched.split()
+            warmed, compiled = time.perf_counter() - begun, graphs()
+        if record.step == profiled_step - 1:
+            trace.append(tracing.enter_context(profiled()))
+        elif record.step == profiled_step:
+            tracing.close()
+            print_kernels(trace[0], 1, 60)
+
+    data = Data(rows, blank, flops=flops_of)
+    train(settings, watched, data, Progress(), Watch(on_step, on_checkpoint))  # type: ignore[arg-type]
+    if again := graphs() - compiled:
+        print(f"  {again} graphs were compiled after the first {WARM_STEPS} steps", flush=True)
+    loop = Loop(records, {}, warmed)
+    steps = len(loop.measured)
+    loop.split = {name: value / steps for name, value in watched.split().items()}
+    loop.split["data"] = sum(record.data_wait for record in loop.measured) / steps
+    loop.split["rest"] = loop.seconds / steps - sum(loop.split.values())
+    return loop
+
+
+def graphs() -> int:
+    """How many torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def prepared(case: Case, settings: RunSettings, config: MQWenConfig, device: torch.device) -> tuple[Any, RunSettings]:
+    """The model on the device, and the settings with the precision that the device is used with."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -133,49 +196,96 @@ def run_case(case: Case, config: MQWenConfig, device: torch.device, found: Ceili
         model = build_model(settings, config).train()
     if case.shape.supervised == "all":
         supervise_all(model)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    settings = replace(settings, model=replace(settings.model, precision=str(dtype).removeprefix("torch.")))
-    watched = Watched(make_strategy(model, list(model.transformer.h), settings))
-    rows = made_rows(config, case.shape, pin=cuda)
+    precision: Any = "bfloat16" if cuda else "float32"
+    return model, replace(settings, model=replace(settings.model, precision=precision))
+
+
+def run_case(
+    case: Case, config: MQWenConfig, device: torch.device, found: Ceilings, steps: int, profile: bool = False
+) -> Result:
+    """The project's loop over `steps` measured steps, after two to warm up."""
+    model, settings = prepared(case, settings_of(case, WARM_STEPS + steps), config, device)
+    rows = made_rows(config, case.shape, pin=device.type == "cuda")
     some = next(rows)
     needed = flops(model, config, some.runs, some.supervised, some.images) / some.positions
+    strategy = make_strategy(model, list(model.transformer.h), settings)
+    if not case.saves:
+        loop = bare_loop(settings, strategy, rows, some, profiled_step=WARM_STEPS + steps if profile else 0)
+        return result_of(case.name, case.recipe, settings, loop, needed, found, asdict(case))
+    with tempfile.TemporaryDirectory() as folder:
+        saving = Saving(strategy, replace(settings, runs=folder))
+        loop = bare_loop(saving.settings, strategy, rows, some, saving.save)
+        result = result_of(case.name, case.recipe, settings, loop, needed, found, asdict(case))
+        result.checkpoint = saving.found(loop)
+    return result
 
-    records: list[StepRecord] = []
-    begun = time.perf_counter()
-    warmed = 0.0
 
-    def on_step(record: StepRecord) -> None:
-        nonlocal warmed
-        records.append(record)
-        if record.step == WARM_STEPS:
-            watched.split()
-            warmed = time.perf_counter() - begun
+class Saving:
+    """Checkpoints every second step, but while one is being written."""
 
-    train(settings, watched, Data(rows, some), Progress(), Watch(on_step, lambda _: None))  # type: ignore[arg-type]
-    measured = records[WARM_STEPS:]
-    took = sum(record.seconds for record in measured)
-    split = {name: value / steps for name, value in watched.split().items()}
-    split["data"] = sum(record.data_wait for record in measured) / steps
-    split["rest"] = took / steps - sum(split.values())
-    rate = sum(record.positions for record in measured) / took
+    def __init__(self, strategy: Strategy, settings: RunSettings) -> None:
+        self._strategy = strategy
+        self.settings = replace(settings, checkpoint=replace(settings.checkpoint, every=2, keep=1))
+        self._folder = Path(settings.runs) / "run"
+        self._saver = Saver(locate(self._folder), self.settings)
+        self._begun, self._stalls, self._written, self._beside = 0.0, list[float](), list[float](), list[int]()
+        self._saver.make_room(strategy.state())
+
+    def save(self, progress: Progress) -> None:
+        if self._saver.busy():
+            self._beside.append(progress.step)
+            return
+        synchronize(self._strategy.device)
+        self._begun = time.perf_counter()
+        self._saver.save(self._strategy.state(), progress, None, {}, self._committed)
+        self._stalls.append(time.perf_counter() - self._begun)
+
+    def _committed(self) -> None:
+        self._written.append(time.perf_counter() - self._begun)
+
+    def found(self, loop: Loop) -> dict[str, Any]:
+        """Seconds: how long the training stood still, and from there to the commit; of steps beside and of all."""
+        self._saver.wait()
+        beside = [record.seconds for record in loop.records if record.step in self._beside and record in loop.measured]
+        files = [file.stat().st_size for file in self._folder.rglob("*.distcp")]
+        return {
+            "stalls": self._stalls,
+            "written": self._written,
+            "bytes": sum(files),
+            "steps_beside": beside,
+            "steps": [record.seconds for record in loop.measured],
+        }
+
+
+def result_of(
+    name: str,
+    recipe: str,
+    settings: RunSettings,
+    loop: Loop,
+    flops_per_position: float,
+    found: Ceilings,
+    described: dict[str, Any],
+) -> Result:
+    cuda = torch.cuda.is_available()
+    rate = sum(record.positions for record in loop.measured) / loop.seconds
     return Result(
-        name=case.name,
-        recipe=case.recipe,
-        dtype=str(dtype).removeprefix("torch."),
-        row=case.shape.length,
+        name=name,
+        recipe=recipe,
+        dtype=settings.model.precision,
+        row=settings.data.pack_length,
         positions_per_s=rate,
-        share_of_ceiling=rate * needed / found.product,
-        images_per_s=sum(record.images for record in measured) / took,
-        mfu=rate * needed / DATASHEET,
-        flops_per_position=needed,
-        step_s=took / steps,
-        positions_per_step=measured[0].positions,
+        share_of_ceiling=rate * flops_per_position / found.product,
+        images_per_s=sum(record.images for record in loop.measured) / loop.seconds,
+        mfu=rate * flops_per_position / DATASHEET,
+        flops_per_position=flops_per_position,
+        step_s=loop.seconds / len(loop.measured),
+        positions_per_step=loop.measured[0].positions,
         memory=torch.cuda.max_memory_allocated() if cuda else 0,
         reserved=torch.cuda.max_memory_reserved() if cuda else 0,
-        first_steps_s=warmed,
-        split=split,
-        losses=[record.loss for record in records],
-        settings=asdict(case),
+        first_steps_s=loop.first_steps_s,
+        split=loop.split,
+        losses=[record.loss for record in loop.records],
+        settings=described,
     )
 
 

@@ -6,7 +6,8 @@ import gc
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,3 +83,23 @@ def machine(device: torch.device) -> dict[str, str]:
         asked = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
         known["driver, power limit, clock"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return known
+
+
+@contextmanager
+def profiled() -> Iterator[torch.profiler.profile]:
+    """Records kernels; on a CPU, operators."""
+    cuda = torch.cuda.is_available()
+    kinds = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as trace:
+        yield trace
+        if cuda:
+            torch.cuda.synchronize()
+
+
+def print_kernels(trace: torch.profiler.profile, times: int, most: int) -> None:
+    """Those that took most, by time of one of `times`, and what all took."""
+    cuda = torch.cuda.is_available()
+    took = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count) for e in trace.key_averages()}
+    print(f"    {sum(spent for spent, _ in took.values()) / times / 1e3:9.3f} ms  all", flush=True)
+    for name, (spent, count) in sorted(took.items(), key=lambda one: -one[1][0])[:most]:
+        print(f"    {spent / times / 1e3:9.3f} ms  {count / times:7.1f} x  {name[:110]}", flush=True)

@@ -22,7 +22,7 @@ from mqwen.model.attention import _CAUSAL, AttentionPlan
 from mqwen.model.blocks import Block, VisionTower
 from mqwen.model.loss import CHUNK, linear_cross_entropy, softmax_gradient
 from mqwen.model.rotary import rotary_tables
-from tests.benchmarks.h200.measure import attempt, seconds
+from tests.benchmarks.h200.measure import attempt, print_kernels, profiled, seconds
 
 
 @dataclass(frozen=True)
@@ -386,21 +386,10 @@ def blocks(p: Probe) -> None:
 
 def profile(work: Callable[[], None]) -> None:
     """The kernels that take the time, of three calls."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        kinds = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as trace:
+    with profiled() as trace:
         for _ in range(3):
             work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    for event in sorted(trace.key_averages(), key=lambda e: -_microseconds(e))[:24]:
-        if _microseconds(event):
-            print(f"    {_microseconds(event) / 3e3:9.3f} ms  {event.count / 3:5.1f} x  {event.key[:110]}", flush=True)
-
-
-def _microseconds(event: Any) -> float:
-    return event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+    print_kernels(trace, 3, 24)
 
 
 PARTS = {

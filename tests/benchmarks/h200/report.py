@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict
@@ -22,6 +24,18 @@ def line(result: Result) -> str:
         f"{result.share_of_ceiling:.3f} of the product, MFU {result.mfu:.3f}, {result.memory / 1e9:.1f} GB "
         f"({result.reserved / 1e9:.1f} reserved), step {result.step_s * 1e3:.0f} ms ({split}), "
         f"first steps {result.first_steps_s:.0f} s, losses {result.losses[0]:.4f} to {result.losses[-1]:.4f}"
+    ) + saved(result)
+
+
+def saved(result: Result) -> str:
+    """What checkpoints cost."""
+    if not (known := result.checkpoint):
+        return ""
+    beside = statistics.mean(known["steps_beside"]) if known["steps_beside"] else math.nan
+    return (
+        f"\n  checkpoints of {known['bytes'] / 1e9:.1f} GB: stalls {', '.join(f'{s:.2f}' for s in known['stalls'])} s, "
+        f"committed after {', '.join(f'{s:.0f}' for s in known['written'])} s, a step beside one {beside:.2f} s, "
+        f"the fastest {min(known['steps']):.2f} s"
     )
 
 
@@ -66,4 +80,5 @@ def _markdown(about: dict[str, str], found: Ceilings, results: list[Result]) -> 
             *(f"{result.split[part] * 1e3:.0f}" if part in result.split else "" for part in PARTS),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"\n{result.name}:{saved(result)}" for result in results if result.checkpoint]
     return "\n".join(lines) + "\n"

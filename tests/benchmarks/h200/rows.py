@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,9 +41,10 @@ class Made:
     images: int
     place: tuple[int, int, int]
     runs: list[int]
+    keys: list[str] = field(default_factory=list)
 
 
-def made_rows(config: MQWenConfig, shape: Shape, pin: bool, different: int = 4) -> Iterator[Made]:
+def made_rows(config: MQWenConfig, shape: Shape, pin: bool, different: int = 12) -> Iterator[Made]:
     """Passes without end; `different` of them in turns."""
     made = [_row(config, shape, seed) for seed in range(different)]
     if pin:

@@ -1,0 +1,81 @@
+"""Memory and speed options change no loss and no gradient, and no packing is compiled for again."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from mqwen.model import MQWenLMHeadModel
+from mqwen.train.compute import prepare
+from mqwen.train.settings import ComputeSettings
+from tests.benchmarks.h200.cases import graphs
+from tests.benchmarks.options import ALL, AS_IT_IS, OPTIONS, Sizes, Trained, differences, trained
+from tests.train.conftest import Ranks
+
+TINY = Sizes(steps=20, channels=32, layers=2, vocabulary=300, rows=2, length=96)
+COMPILED = [name for name, option in OPTIONS.items() if option.compile]
+COMPILER = "aot_eager"  # all of torch.compile but the slow last part: that one is for `soak`
+
+
+def train_with(rank: int, workers: int, name: str, compiler: str) -> Trained:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+        return trained(name, TINY)
+
+
+@pytest.fixture(scope="module")
+def plain(ranks: Ranks) -> Trained:
+    return ranks.run(1, train_with, AS_IT_IS, COMPILER)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    [(name, COMPILER) for name in ALL[1:]]
+    + [pytest.param(name, "inductor", marks=pytest.mark.soak) for name in COMPILED],
+)
+def test_no_option_changes_losses_or_gradients(ranks: Ranks, plain: Trained, name: str, compiler: str) -> None:
+    found = ranks.run(1, train_with, name, compiler)[0]
+    losses, gradients = differences(found, plain)
+    print(f"{name}, {compiler}: {found.memory >> 10} KiB, plain {plain.memory >> 10} KiB")
+    assert max(plain.losses) > 1.2 * min(plain.losses)  # it learns
+    assert losses < 1e-5 * max(plain.losses)
+    assert gradients < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ("selective recomputation", AS_IT_IS),
+        ("full recomputation", "selective recomputation"),
+        (AS_IT_IS, "without labelled positions alone: all logits"),
+    ],
+)
+def test_memory_options_save_memory(ranks: Ranks, less: str, more: str) -> None:
+    few, many = (ranks.run(1, train_with, name, COMPILER)[0].memory for name in (less, more))
+    assert few < 0.97 * many
+
+
+def graphs_after_each(rank: int, workers: int, packings: list[list[int]]) -> list[int]:
+    """How many graphs there are after a forward and a backward pass over each packing of two rows."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, found = MQWenLMHeadModel(TINY.config).train(), list[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=COMPILER))
+        prepare(model, ComputeSettings(compile=True))
+    for lengths in packings:
+        row = torch.tensor([n for n, length in enumerate(lengths, start=1) for _ in range(length)])
+        ids = torch.randint(0, 290, (2, len(row)))
+        inputs = {"input_ids": ids, "labels": ids, "segment_ids": row.expand(2, -1)}
+        model(**inputs, use_cache=False, logits_to_keep="labels", row_length=64).loss.backward()
+        found.append(graphs())
+    return found
+
+
+def test_other_packings_are_not_compiled_for(ranks: Ranks) -> None:
+    """The second may be: a number of runs that has changed is from then on one that changes."""
+    packings = [[20, 44], [10, 20, 34], [5, 59], [8, 8, 8, 8, 8, 24], [7, 9, 30], [1, 2, 3, 4, 5, 6, 7], [32, 32]]
+    found = ranks.run(1, graphs_after_each, packings)[0]
+    assert found[0] > 0
+    assert found[1:] == [found[1]] * (len(packings) - 1)
