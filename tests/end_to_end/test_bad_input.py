@@ -61,7 +61,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         ["error: --service.config {tmp}/nowhere.yaml cannot be read"],
     ),
     "ingest into a missing bucket": (
-        ["jobs/ingest.py", "digits", "--tokenizer", "{tokenizer}", "--dataset", "s3://nowhere/data"],
+        ["jobs/ingest.py", "digits", "--pictures", "9", "--tokenizer", "{tokenizer}", "--dataset", "s3://nowhere/data"],
         ["error: s3://nowhere/data cannot be written: {moto} has no bucket 'nowhere'; make it, or name another"],
     ),
     "dataset in a missing bucket": (
