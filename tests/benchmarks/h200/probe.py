@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from mqwen.model import MQWenConfig
-from mqwen.model.attention import _CAUSAL, AttentionPlan
+from mqwen.model.attention import CAUSAL, AttentionPlan
 from mqwen.model.blocks import Block, VisionTower
 from mqwen.model.loss import CHUNK, linear_cross_entropy, softmax_gradient
 from mqwen.model.rotary import rotary_tables
@@ -185,9 +185,9 @@ def flex(p: Probe, runs: list[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor
 def over_runs(offsets: Tensor, longest: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     empty = torch.cat([offsets, offsets[-1:].expand(16)])
     return {
-        "varlen_attn": lambda q, k, v: varlen_attn(q, k, v, offsets, offsets, longest, longest, **_CAUSAL),
+        "varlen_attn": lambda q, k, v: varlen_attn(q, k, v, offsets, offsets, longest, longest, **CAUSAL),
         "varlen_attn, longest said to be twice as long": lambda q, k, v: varlen_attn(
-            q, k, v, offsets, offsets, 2 * longest, 2 * longest, **_CAUSAL
+            q, k, v, offsets, offsets, 2 * longest, 2 * longest, **CAUSAL
         ),
         "cuDNN over runs": lambda q, k, v: CudnnRuns.apply(q, k, v, offsets, longest),
         "cuDNN over runs, 16 empty ones": lambda q, k, v: CudnnRuns.apply(q, k, v, empty, longest),
