@@ -55,7 +55,6 @@ def cases(rows: int, length: int, every: int) -> list[Case]:
         Case(f"sft-full {length} answers", "sft-full", Shape(rows, length, every, "answers")),
         Case(f"sft-full {4 * length}", "sft-full", long),
         Case(f"sft-full {length} text", "sft-full", Shape(rows, length, every, "text")),
-        Case(f"sft-full {length} flash", "sft-full", short, flash=True),
         Case(f"sft-full {length} one pass", "sft-full", short, passes=1),
         Case(f"sft-full {length} eager", "sft-full", Shape(max(1, rows // 2), length, every), compute=eager),
         Case(f"sft-full {length} selective", "sft-full", short, compute=selective),

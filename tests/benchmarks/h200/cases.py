@@ -38,7 +38,6 @@ class Case:
     shape: Shape
     passes: int = 4
     compute: ComputeSettings = field(default_factory=lambda: ComputeSettings(compile=True))
-    flash: bool = False  # torch's FlashAttention-2 in the place of cuDNN
     saves: bool = False  # checkpoints on the way
 
 
@@ -72,11 +71,10 @@ class Watched:
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
         self._marks: list[tuple[str, Any, Any]] = []
-        self.device, self.optimizer = strategy.device, strategy.optimizer
-
-    def model(self, **inputs: Any) -> Any:
-        with self._span("forward"):
-            return self._strategy.model(**inputs)
+        self.model, self.device, self.optimizer = strategy.model, strategy.device, strategy.optimizer
+        begun = list[Any]()
+        self.model.register_forward_pre_hook(lambda *_: begun.append(self._mark()), prepend=True)
+        self.model.register_forward_hook(lambda *_: self._marks.append(("forward", begun.pop(), self._mark())))
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         with self._span("backward"):
@@ -190,7 +188,6 @@ def prepared(case: Case, settings: RunSettings, config: MQWenConfig, device: tor
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-        torch.backends.cuda.enable_flash_sdp(case.flash)
     torch._dynamo.reset()
     with torch.device(device):
         model = build_model(settings, config).train()

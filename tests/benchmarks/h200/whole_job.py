@@ -34,7 +34,7 @@ from tests.benchmarks.h200.cases import WARM_STEPS, Loop, Result, bare_loop, one
 from tests.benchmarks.h200.measure import Ceilings
 from tests.benchmarks.reading import make_photos, make_processor
 
-THREADS = 12  # that read the bare loop's rows
+THREADS = 5  # that read the bare loop's rows
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Job:
     packs: int = 16
     length: int = 2048
     passes: int = 4
-    steps: int = WARM_STEPS + 14
+    steps: int = WARM_STEPS + 8
     samples: int = 2048
     compiled: bool = True
 

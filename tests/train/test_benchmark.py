@@ -1,0 +1,22 @@
+"""The benchmark for a GPU runs from end to end, on a CPU and small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CASES = ["sft-full 64 eager", "sft-full 64 checkpoint", "align 64 answers"]
+
+
+@pytest.mark.soak
+def test_the_benchmark_of_training_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "tests/benchmarks/train_h200.py", "--tiny", "--steps", "2", "--ray", "--out", tmp_path]
+    environment = {"PYTHONPATH": "platform:.", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    subprocess.run([*command, "--cases", *CASES], cwd=ROOT, env=environment, check=True, timeout=500)
+    found = json.loads(next(tmp_path.glob("*-train_h200.json")).read_text())["cases"]
+    assert [case["name"] for case in found] == [*CASES, "bare loop on the stream's rows", "the same under Ray"]
+    assert all(case["positions_per_s"] > 0 for case in found)
+    assert found[1]["checkpoint"]["stalls"]
