@@ -1,6 +1,6 @@
 """A LoRA fine-tune teaches the demo's model a task that it could not do, on pictures that training never saw.
 
-python tests/benchmarks/finetune.py [--artifact out/demo/artifact]
+python -m tests.benchmarks.finetune [--artifact out/demo/artifact]
 
 The task: which digit is rightmost, in English and Chinese. The demo's model was asked which is leftmost, never this.
 Without --artifact the demo's model is trained first. The adapter is loaded by PEFT beside ours and both must agree.
@@ -8,12 +8,10 @@ Without --artifact the demo's model is trained first. The adapter is loaded by P
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,6 +25,7 @@ from mqwen.data.sources.digits import Language, Split, answer, draw, vocabulary_
 from mqwen.model import MQWenLMHeadModel
 from mqwen.model.adapters import attach_adapter
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
+from tests.benchmarks.result import write_result
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = {"en": "Which digit is rightmost?", "zh": "最右边是哪个数字?"}
@@ -121,19 +120,8 @@ def main() -> None:
     settings = tyro.cli(Finetune, description=__doc__)
     with tempfile.TemporaryDirectory() as folder, cluster(cpus=6, show_workers=False) as address:
         found = run(settings, Path(folder), {"RAY_ADDRESS": address, "PYTHONPATH": str(ROOT / "platform")})
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    lines = [
-        f"# LoRA fine-tune of the demo's model, {date.today()}",
-        "",
-        f"Commit {commit.strip()}, {os.cpu_count()} cores ({platform.machine()}), shared machine.",
-        f"`python tests/benchmarks/finetune.py`: {settings}",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {what} | {value:.4g} |" for what, value in found.items()),
-    ]
-    (ROOT / "tests" / "benchmarks" / "results" / f"{date.today()}-finetune.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    rows = [f"| {what} | {value:.4g} |" for what, value in found.items()]
+    write_result("finetune", "\n".join(["| | |", "|---|---|", *rows]))
     assert found["exact match before"] < 0.5 < found["exact match after"]
     assert found["largest difference of logits, PEFT's and ours"] == 0
 

@@ -52,7 +52,7 @@ def make_place(nodes: Cluster, tokenizer: Path, folder: Path) -> Place:
     words = ["--conversations", folder / "conversations.json", "--pictures", folder / "pictures"]
     words += ["--dataset", dataset, "--tokenizer", tokenizer, "--settings.shard-samples", 50]
     output = nodes.shell.done("jobs/ingest.py", "llava", *words)
-    assert f"{dataset}: {PICTURES} samples" in output.splitlines()[-1]
+    assert f"{dataset}: {PICTURES} samples" in output
     assert read_manifest(locate(dataset)).samples == PICTURES
     return Place(nodes, tokenizer, dataset, f"{nodes.bucket}/runs")
 
