@@ -17,6 +17,8 @@ from mqwen.engine.text import TextStream
 from mqwen.model import MQWenConfig, MQWenLMHeadModel
 
 SIZE = 16
+# A card multiplies float32 by its tensor cores, in fewer bits.
+CLOSE = {"atol": 5e-3, "rtol": 1e-2} if torch.cuda.is_available() else {"atol": 1e-5, "rtol": 1e-4}
 CONFIG = MQWenConfig(
     vocab_size=320,
     hidden_size=64,
@@ -71,6 +73,6 @@ def test_decoding_is_that_of_plain_torch(monkeypatch: pytest.MonkeyPatch) -> Non
                 keys.copy_(old_keys)
                 values.copy_(old_values)
             ours = kernels.decode(rows[:count], positions[:count])
-            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(ours, expected, **CLOSE)
             for (keys, _), theirs in zip(cache, written, strict=True):
-                torch.testing.assert_close(keys, theirs, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(keys, theirs, **CLOSE)
