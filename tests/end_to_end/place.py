@@ -25,7 +25,7 @@ def draw(folder: Path, count: int) -> None:
     (folder / "pictures").mkdir()
     for number in range(count):
         name = list(COLOURS)[number % 3]
-        shade = tuple(channel + number % 7 for channel in COLOURS[name])
+        shade = tuple(channel + number // 7**i % 7 for i, channel in enumerate(COLOURS[name]))  # each another one
         Image.new("RGB", (48, 48), shade).save(folder / "pictures" / f"{number}.png")
         turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": name}]
         records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
