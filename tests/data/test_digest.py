@@ -35,7 +35,8 @@ def streams(tmp_path_factory: pytest.TempPathFactory, processor: MQWenProcessor)
 
 @pytest.mark.usefixtures("cluster")
 # A case starts Ray's actors anew, ten seconds each.
-@pytest.mark.parametrize("cases", [3, *(pytest.param(n, marks=pytest.mark.soak) for n in (20, 200))])
+@pytest.mark.soak
+@pytest.mark.parametrize("cases", [20, 200])
 def test_the_same_digest_on_any_workers_after_any_stop(streams: dict[str, Stream], cases: int) -> None:
     """Each case is one continuation: some steps on some workers, from where the case before stopped."""
     random = Random()

@@ -269,6 +269,7 @@ def test_an_artifact_is_fine_tuned_and_evaluated(artifact: str, submitted: str, 
     assert all(one["answer"] == one["expected"] for one in answers)
 
 
+@pytest.mark.soak
 def test_a_submitted_release_brings_its_code_along(submitted: str, place: Place, tmp_path: Path) -> None:
     """Also where the nodes of the replicas have none: what Serve is told to run is the job's upload."""
     port, dashboard = free_port(), place.cluster.dashboard

@@ -128,6 +128,7 @@ def save_to_nobody(rank: int, workers: int, settings: RunSettings) -> tuple[str,
     raise AssertionError("it was written")
 
 
+@pytest.mark.soak
 def test_storage_that_stays_away_ends_the_run_on_every_rank(ranks: Ranks, on_s3: RunSettings) -> None:
     settings = replace(on_s3, checkpoint=CheckpointSettings(patience=1))
     for said, begun in ranks.run(2, save_to_nobody, settings):

@@ -134,7 +134,7 @@ def refuse_steps(
     for factor, answer in ((1.0, True), (gradient, False)):
         before = flat(strategy.state())
         loss = strategy.model(**row.inputs, num_items_in_batch=workers, **LOSS_ONLY).loss
-        strategy.backward(loss * factor)
+        strategy.backward(loss * factor, last=True)
 
         def accepts(norm: float, answer: bool = answer) -> bool:
             asked.append(norm)

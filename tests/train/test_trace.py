@@ -66,6 +66,7 @@ def test_no_run(tmp_path: Path) -> None:
         reader_of(locate(tmp_path), 1)
 
 
+@pytest.mark.soak
 def test_the_command(settings: RunSettings, run: Location) -> None:
     done = subprocess.run(
         [sys.executable, "jobs/trace.py", run.path, "2"], cwd=ROOT, capture_output=True, text=True, timeout=120
