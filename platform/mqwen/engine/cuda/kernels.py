@@ -16,14 +16,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def _add_norm_kernel(
     x, residual, gain, out, eps,
-    K: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     k = tl.arange(0, WIDE)
     inside = k < K
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     value = tl.load(x + row * K + k, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row * K + k, mask=inside, other=0.0).to(tl.float32)
@@ -35,16 +32,11 @@ def _add_norm_kernel(
     tl.store(out + row * K + k, (value * scale).to(g.dtype) * g, mask=inside)
 
 
-def add_norm(
-    x: Tensor, residual: Tensor | None, gain: Tensor, out: Tensor, eps: float, overlap: bool = False
-) -> Tensor:
+def add_norm(x: Tensor, residual: Tensor | None, gain: Tensor, out: Tensor, eps: float) -> Tensor:
     """residual += x, out = norm(residual); without a residual, out = norm(x). All (M, C)."""
     rows, width = x.shape
     wide = triton.next_power_of_2(width)
-    _add_norm_kernel[(rows,)](
-        x, residual, gain, out, eps, width, wide, residual is not None, overlap, num_warps=8,
-        **({"launch_pdl": True} if overlap else {}),
-    )  # fmt: skip
+    _add_norm_kernel[(rows,)](x, residual, gain, out, eps, width, wide, residual is not None, num_warps=8)
     return out
 
 

@@ -101,13 +101,10 @@ class Network:
             )  # fmt: skip
 
         if len(rows) == 1:
-            logits = self._one(x, attention)
-        elif len(rows) <= FEW:
-            logits = self._few(x, attention)
-        else:
-            logits = F.linear(self._many(x, attention), self._head)
-        logits[:, self._forbidden] = -torch.inf
-        return logits
+            return self._allowed(self._one(x, attention))
+        if len(rows) <= FEW:
+            return self._allowed(self._few(x, attention))
+        return self.logits(self._many(x, attention))
 
     def prefill(self, x: Tensor, turns: Tensor, plan: Prompts) -> Tensor:
         """x: (T, C), embeddings of prompts' tokens. turns: (T, D). Hidden states (T, C), normed."""
@@ -126,7 +123,9 @@ class Network:
         return self._many(x, attention)
 
     def logits(self, normed: Tensor) -> Tensor:
-        logits = F.linear(normed, self._head)
+        return self._allowed(F.linear(normed, self._head))
+
+    def _allowed(self, logits: Tensor) -> Tensor:
         logits[:, self._forbidden] = -torch.inf
         return logits
 

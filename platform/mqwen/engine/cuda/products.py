@@ -124,37 +124,16 @@ def gated_product(
 
 
 @triton.jit
-def _prefetch(pointers):
-    """Ask for cache lines of 128 bytes without waiting for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _rows_kernel(
     x, weight, gate, bias, residual, out, M, N,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LINES: tl.constexpr,
-    GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < N
     m = tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
     rows = tl.where(there, n, 0)[:, None].to(tl.int64) * K
-    if OVERLAP:
-        lines = tl.arange(0, LINES) * 64
-        lines = tl.where(lines < K, lines, 0)
-        _prefetch(weight + rows + lines[None, :])
-        if GATE:
-            _prefetch(gate + rows + lines[None, :])
-        gdc_launch_dependents()
-        gdc_wait()
     sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
     gates = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -180,14 +159,15 @@ def _rows_kernel(
 def rows_product(
     x: Tensor, weight: Tensor, out: Tensor, gate: Tensor | None = None, bias: Tensor | None = None,
     residual: Tensor | None = None, block_n: int = 16, block_k: int = 256, warps: int = 4, stages: int = 4,
-    overlap: bool = False,
 ) -> Tensor:  # fmt: skip
-    """out (M, N) = x (M, K) @ weight (N, K)^T, times silu(x @ gate^T), + bias + residual; for up to 64 rows."""
+    """out (M, N) = x (M, K) @ weight (N, K)^T, times silu(x @ gate^T), + bias + residual; for up to 64 rows.
+
+    These do not overlap: with several rows that took longer, as the waiting programs took the working ones' room.
+    """
     rows = x.shape[0]
     outputs, width = weight.shape
     _rows_kernel[(triton.cdiv(outputs, block_n),)](
         x, weight, gate, bias, residual, out, rows, outputs, width, max(16, triton.next_power_of_2(rows)), block_n,
-        block_k, triton.next_power_of_2(triton.cdiv(width, 64)), gate is not None, bias is not None,
-        residual is not None, overlap, stages, num_warps=warps, **({"launch_pdl": True} if overlap else {}),
+        block_k, gate is not None, bias is not None, residual is not None, stages, num_warps=warps,
     )  # fmt: skip
     return out
