@@ -70,7 +70,7 @@ def export_llava(
         "vision_feature_select_strategy": "default",
     }
     (directory / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    _config(model.config, tokenizer.eod_id, str(model.dtype).removeprefix("torch.")).save_pretrained(directory)
+    llava_config(model.config, tokenizer.eod_id, str(model.dtype).removeprefix("torch.")).save_pretrained(directory)
 
 
 def _check(config: MQWenConfig) -> None:
@@ -95,7 +95,7 @@ def _weights(model: MQWenLMHeadModel) -> Iterator[tuple[str, Tensor]]:
             yield _PREFIXES[prefix] + name.removeprefix(prefix), tensor
 
 
-def _config(config: MQWenConfig, eod_id: int, dtype: str) -> LlavaConfig:
+def llava_config(config: MQWenConfig, eod_id: int, dtype: str) -> LlavaConfig:
     text = Qwen2Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

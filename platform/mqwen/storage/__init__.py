@@ -2,7 +2,7 @@
 
 from mqwen.storage.check import readable, writable
 from mqwen.storage.errors import MissingFileError, StorageError, TruncatedFileError
-from mqwen.storage.local import filled, local_file, local_folder
+from mqwen.storage.local import filled, local_file, local_folder, workplace
 from mqwen.storage.location import Location, locate
 from mqwen.storage.retry import retried
 
@@ -17,5 +17,6 @@ __all__ = [
     "locate",
     "readable",
     "retried",
+    "workplace",
     "writable",
 ]

@@ -98,6 +98,16 @@ def filled(target: Location, last: str) -> Iterator[Path]:
 
 
 @contextmanager
+def workplace(folder: Location) -> Iterator[Path]:
+    """The folder itself if it is one of this machine, else an empty one of this machine for the time of the block."""
+    if isinstance(folder.filesystem, pafs.LocalFileSystem):
+        yield Path(folder.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="mqwen-") as local:
+        yield Path(local)
+
+
+@contextmanager
 def local_file(location: Location) -> Iterator[Path]:
     """A file of this machine with what lies at `location`: that file itself, or a copy for the time of the block."""
     if isinstance(location.filesystem, pafs.LocalFileSystem):

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from mqwen.errors import UserError
-from mqwen.storage import Location, MissingFileError, retried
+from mqwen.storage import Location, MissingFileError, retried, workplace
 from mqwen.train.loop import Progress
 
 FORMAT_VERSION = 2
@@ -121,7 +119,7 @@ def load(checkpoint: Location, state: dict[str, Any]) -> Commit:
     Raises DamagedError on every rank where one finds a damaged file.
     """
     commit = read_commit(checkpoint)
-    with _readable(checkpoint) as local, warnings.catch_warnings():
+    with workplace(checkpoint) as local, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in export, as it should be
         reader = _CheckedReader(checkpoint, commit, local)
         reader.fetch(".metadata")
@@ -148,16 +146,6 @@ def resume(run: Location, state: dict[str, Any]) -> Progress:
         f"all {len(found)} checkpoints of {run} are damaged, nothing was deleted: restore one of them from a copy, "
         "or give another --name to start from the beginning"
     )
-
-
-@contextmanager
-def _readable(checkpoint: Location) -> Iterator[Path]:
-    """A folder of this machine: the checkpoint's own, or one for copies of what is read."""
-    if isinstance(checkpoint.filesystem, pafs.LocalFileSystem):
-        yield Path(checkpoint.path)
-        return
-    with tempfile.TemporaryDirectory(prefix="mqwen-checkpoint-") as local:
-        yield Path(local)
 
 
 class _CheckedReader(dcp.FileSystemReader):

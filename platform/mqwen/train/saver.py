@@ -7,11 +7,9 @@ process group of their own, so that they do not meet the training's messages.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from mqwen.storage import Location, StorageError, locate, retried
+from mqwen.storage import Location, StorageError, locate, retried, workplace
 from mqwen.train.checkpoint import COMMIT, CheckpointError, Commit, committed, read_commit, step_folder
 from mqwen.train.loop import Progress
 from mqwen.train.settings import RunSettings
@@ -102,7 +100,7 @@ class Saver:
     def _write(self, state: dict[str, Any], progress: Progress, loss: float | None, beside: dict[str, bytes]) -> None:
         target, limit = step_folder(self._run, progress.step), time.monotonic() + self._patience
         self._together(lambda: self._retried(lambda: _clear(target), limit) if self._rank == 0 else None)
-        with _writable(target) as local:
+        with workplace(target) as local:  # a folder is written in place: it counts only once committed
             dcp.save(state, storage_writer=dcp.FileSystemWriter(local), process_group=self._group)
             entries = self._together(lambda: self._retried(lambda: _put(local, target, self._rank), limit))
         files = {name: entry for table in entries for name, entry in table.items()}
@@ -153,16 +151,6 @@ class Saver:
                     _clear(old)
         except (StorageError, CheckpointError) as error:
             print(f"warning: an old checkpoint stays: {error}", flush=True)
-
-
-@contextmanager
-def _writable(target: Location) -> Iterator[Path]:
-    """A folder of this machine to write to: the checkpoint's own if it is one, as it counts only once committed."""
-    if isinstance(target.filesystem, pafs.LocalFileSystem):
-        yield Path(target.path)
-        return
-    with tempfile.TemporaryDirectory(prefix="mqwen-checkpoint-") as local:
-        yield Path(local)
 
 
 def _put(local: Path, target: Location, rank: int) -> dict[str, dict[str, Any]]:

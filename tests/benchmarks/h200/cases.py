@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mqwen.model import MQWenConfig
+from mqwen.model.llava import llava_config
 from mqwen.storage import locate
 from mqwen.train.build import build_model
 from mqwen.train.loop import Data, Progress, StepRecord, Watch, train
@@ -301,28 +302,12 @@ def one_process(device: torch.device) -> Iterator[None]:
 def run_llava(shape: Shape, config: MQWenConfig, device: torch.device, found: Ceilings, steps: int) -> Result:
     """transformers' LlavaForConditionalGeneration of the same size on the same rows, one pass a step: SDPA, bfloat16
     weights, AdamW fused in bfloat16, tower frozen. Its logits are of all positions, whatever is supervised."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+    from transformers import LlavaForConditionalGeneration
 
-    text = Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size // 2,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=False,
-    )
-    both = LlavaConfig(
-        vision_config=config.vision_config,
-        text_config=text,
-        image_token_index=config.image_token_id,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-    both._attn_implementation = "sdpa"
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
+    both = llava_config(config, 0, str(dtype).removeprefix("torch."))
+    both._attn_implementation = "sdpa"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         torch.backends.cuda.enable_flash_sdp(True)
