@@ -5,6 +5,7 @@ import datetime
 import ipaddress
 import os
 import re
+import signal
 import subprocess
 import sys
 import uuid
@@ -23,6 +24,8 @@ from mqwen.storage import Location, locate
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton looks at this when it is imported
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so its children
 
 STATUS = pytest.StashKey[int]()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mqwen import cli
 from mqwen.storage import Location, locate
 from mqwen.train import claim
 from mqwen.train.claim import Driver, RunInUseError, claimed
@@ -95,8 +97,18 @@ def test_who_has_lost_the_run_stops(
     """As after a machine slept: others took the run over."""
     monkeypatch.setattr(claim, "BEAT", 0.05)
     run = locate(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt), claimed(run):
-        (name,) = drivers(run)
-        (run / name).delete()
-        threading.Event().wait(5)
+
+    def lose() -> None:
+        with claimed(run):
+            (name,) = drivers(run)
+            (run / name).delete()
+            threading.Event().wait(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lose)  # as every job runs
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
     assert f"run {run} was taken over by another driver: this one stops" in capsys.readouterr().err

@@ -106,7 +106,7 @@ def _beat(run: Location, mine: Location, me: Driver, ended: threading.Event) -> 
         with suppress(StorageError):
             if mine.size() is None:
                 print(f"run {run} was taken over by another driver: this one stops", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)  # a job in the background of a shell ignores Ctrl-C's
                 return
             _write(mine, replace(me, beat=number))
 
