@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python jobs/demo.py --out out/demo --storage $(STORAGE)
 
 test: lint .cache/qwen.tiktoken
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # What takes too long for `make test`: runs that are killed, interrupted, fine-tuned.
 soak: $(STAMP)
