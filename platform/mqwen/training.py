@@ -10,7 +10,7 @@ from mqwen.data.dataset import open_dataset
 from mqwen.data.heldout import HeldOut
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.reader import WindowReader
-from mqwen.data.stream import Stream
+from mqwen.data.stream import LEASE, Stream
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, MissingFileError, local_folder, readable
 from mqwen.train.build import outline, starting_point
@@ -88,6 +88,7 @@ def run_training(settings: RunSettings) -> None:
         epochs=epochs,
         held_out=held_out.share if held_out else None,
         imports=(Stream.__module__,),
+        environment=LEASE,
     )
     cpus = settings.parallel.workers * settings.parallel.cpus_per_worker + 2
     with open_run(settings, config, processor) as run:

@@ -38,6 +38,10 @@ LEAST_AHEAD = 64 << 20  # bytes
 # Reading tasks run in processes of their own kind, which they need not share with whoever began the reading: those may
 # have imported much more.
 READERS = {"env_vars": {"MQWEN_ROLE": "reader"}}
+# What the process that begins the reading must have in its environment. Ray Data lends each of its executions a share
+# of the cluster, for three minutes at a time; one whose process was killed kept its share so long, and the execution
+# after it got none.
+LEASE = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "5", "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "1"}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Processes that are ready to become workers: a group that has lost one starts again without waiting for imports.
 
-Starting Python, torch and transformers takes most of a restart. So each rank asks its node for one process like its
-own, with all imported, and waiting; Ray takes it when it starts the next worker there. Rank 0 asks for one more, which
-Ray Data's coordinator takes. Reading tasks are light, and have processes of their own kind.
+Starting Python, torch and transformers takes most of a restart. So on each node a rank asks for as many processes like
+its own as there are ranks, with all imported, and waiting; Ray takes them when it starts the next workers there. On
+rank 0's node it is one more, which Ray Data's coordinator takes. Reading tasks are light, and have processes of their
+own kind.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from uuid import uuid4
 
 import grpc
 import ray
+import ray.train
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.core.generated.common_pb2 import PYTHON
@@ -25,6 +28,7 @@ from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
 
 AFTER = 20.0  # seconds from a group's start: shorter runs need none
+PAUSE = 5.0  # seconds between two: Ray starts no more at once than a node has cores, and forgets the others
 KEPT = 24 * 3600  # seconds
 ANSWER = 10.0  # seconds
 MARK = "MQWEN_SPARES"
@@ -46,15 +50,16 @@ def prepare() -> None:
             importlib.import_module(module)
 
 
-def ask(count: int) -> threading.Timer:
-    """Has `count` processes like this one prepared on this node, if this one is still there after a while."""
-    timer = threading.Timer(AFTER, _ask, [count])
-    timer.daemon = True
-    timer.start()
-    return timer
+def ask() -> None:
+    """On one rank of each node: has processes prepared there, if this one is still there after a while."""
+    context = ray.train.get_context()
+    if context.get_local_rank() == 0:
+        count = context.get_local_world_size() + (context.get_world_rank() == 0)
+        threading.Thread(target=_ask, args=(count,), daemon=True).start()
 
 
 def _ask(count: int) -> None:
+    time.sleep(AFTER)
     _wanted().touch()
     me = ray.get_runtime_context()
     node = next(node for node in ray.nodes() if node["NodeID"] == me.get_node_id())
@@ -63,11 +68,13 @@ def _ask(count: int) -> None:
         job_id=ray.JobID.from_hex(me.get_job_id()).binary(),
         runtime_env_info=RuntimeEnvInfo(serialized_runtime_env=me.get_runtime_env_string()),
         keep_alive_duration_secs=KEPT,
-        num_workers=count,
+        num_workers=1,
     )
     address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
     with init_grpc_channel(address) as channel, suppress(grpc.RpcError):  # without spares a restart only takes longer
-        NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER)
+        for _ in range(count):
+            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER)
+            time.sleep(PAUSE)
 
 
 def _wanted() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,7 @@ class Feed:
     """Where every worker finds its rows.
 
     `held_out` are those of a rank of so many, from the beginning; None is none. `epochs` says how many epochs lie
-    before a place. `imports` are modules that reading needs on a worker.
+    before a place. `imports` are modules that reading needs on a worker, `environment` variables that it needs there.
     """
 
     split: Split
@@ -52,6 +52,7 @@ class Feed:
     epochs: Callable[[Place], float]
     held_out: Callable[[int, int], Iterator[Batch]] | None = None
     imports: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def work(config: dict[str, Task]) -> None:
             save(now)
 
     if settings.parallel.spares:
-        spares.ask(1 if rank else 2)  # rank 0 begins the reading
+        spares.ask()
     feed = task.feed
     held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
     data = Data(rows, feed.blank, held_out, task.cost.of, feed.epochs)
