@@ -15,7 +15,7 @@ from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, MissingFileError, local_folder, readable
 from mqwen.train.build import outline, starting_point
 from mqwen.train.cost import cost_of
-from mqwen.train.loop import Place, Progress
+from mqwen.train.loop import Progress
 from mqwen.train.records import read_metrics
 from mqwen.train.report import write_report
 from mqwen.train.run import SETTINGS, open_run, train_run
@@ -76,16 +76,10 @@ def run_training(settings: RunSettings) -> None:
     for dataset in order.datasets:
         dataset.check_shards()
     held_out = _held_out(settings, config, processor)
-
-    def epochs(place: Place) -> float:
-        epoch, window, _ = place
-        return epoch + window / order.windows
-
     feed = Feed(
         split=lambda progress, workers: stream.split(position(progress), workers),
         rows=lambda part, progress: stream.read(part, position(progress), settings.data.max_bad),
         blank=stream.blank(),
-        epochs=epochs,
         held_out=held_out.share if held_out else None,
         imports=(Stream.__module__,),
     )

@@ -286,3 +286,13 @@ def test_a_step_is_written_again_over_a_half_or_damaged_one(ranks: Ranks, settin
     assert checkpoint.read_commit(locate(newest(run))).files.keys() == set(locate(newest(run)).names()) - {COMMIT}
     ((_, progress, _, _),) = ranks.run(1, resume, settings)
     assert progress.step == 2
+
+
+def test_progress_of_an_earlier_version_is_read(run: Location) -> None:
+    """It said nothing of the epochs that are over."""
+    file = newest(run) / COMMIT
+    raw = json.loads(file.read_text())
+    assert 0 < raw["progress"].pop("epochs") < 10
+    raw["progress"]["place"][0] = 3
+    file.write_text(json.dumps(raw))
+    assert checkpoint.read_commit(locate(newest(run))).progress.epochs == 3

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -82,8 +83,10 @@ def test_any_number_of_workers_computes_the_plain_loop(ranks: Ranks, settings: R
             assert record.images == sum(len(row.inputs["pixel_values"]) for row in mine)
             assert record.positions == sum(row.positions for row in mine)
         tokens, seconds = ([0, *accumulate(getattr(r, name) for r in records)] for name in ("tokens", "seconds"))
-        places = [(2, rows[9].place), (4, rows[19].place), (5, rows[20].place)]
-        assert saved == [Progress(step, place, tokens[step], seconds[step]) for step, place in places]
+        ends = [(2, rows[9]), (4, rows[19]), (5, rows[20])]
+        assert saved == [
+            Progress(step, row.place, tokens[step], seconds[step], epochs=row.epochs) for step, row in ends
+        ]
         assert last == saved[-1]
 
 
@@ -157,6 +160,21 @@ def test_a_budget_of_epochs(ranks: Ranks, settings: RunSettings, workers: int) -
         assert sum(record.tokens for record in records) == sum(row.supervised for row in rows)
         assert len(records) == len(rows) // 4 + 1
         assert last.place == rows[-1].place
+        assert last.epochs == 2
+
+
+def test_the_rate_falls_with_the_rows_of_an_epoch(ranks: Ranks, settings: RunSettings) -> None:
+    """A whole step of it at a time, not a window: the first steps lie in one."""
+    rows = list(itertools.takewhile(lambda row: row.place[0] < 1, rows_from(settings, Progress())))
+    in_window = Counter(row.place[1] for row in rows)
+    spent = [(window + (n + 1) / in_window[window]) / len(in_window) for _, window, n in (row.place for row in rows)]
+    assert [row.epochs for row in rows] == pytest.approx(spent)
+    optimizer = OptimizerSettings(learning_rate=1e-2, schedule="linear", warmup=0.0)
+    settings = replace(without_end(settings, epochs=1), data=replace(settings.data, rows_per_step=2))
+    for records, _ in ranks.run(2, run_many, replace(settings, optimizer=optimizer)):
+        left = [1.0, *(1 - spent[at] for at in range(1, len(rows) - 1, 2))]
+        assert [record.learning_rate for record in records] == pytest.approx([1e-2 * share for share in left])
+        assert records[1].learning_rate > records[2].learning_rate > 0
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -31,6 +31,7 @@ COLUMNS = pa.schema(
         ("positions", pa.int32()),
         ("place", pa.list_(pa.int64(), 3)),
         ("start", pa.list_(pa.int64(), 3)),
+        ("epochs", pa.float64()),  # that lie before the next row
         ("keys", pa.list_(pa.string())),
         ("quarantined", pa.string()),
         ("failed", pa.string()),  # why reading ended here; all else is null then
@@ -59,11 +60,16 @@ class RowBuilder:
         self._processor, self._settings = processor, settings
 
     def build(
-        self, packs: Sequence[Sequence[Entry]], too_long: Sequence[Place], place: Position, start: Position
+        self,
+        packs: Sequence[Sequence[Entry]],
+        too_long: Sequence[Place],
+        place: Position,
+        start: Position,
+        epochs: float = 0.0,
     ) -> pa.Table:
         """The row as a table of one, with the columns of COLUMNS.
 
-        `too_long` are samples that no pack takes; they are quarantined with this row.
+        `too_long` are samples that no pack takes; they are quarantined with this row. `epochs` lie before the next one.
         """
         keys: list[str] = []
         quarantined = {sample.key: str(self._too_long(sample)) for sample in too_long}
@@ -103,6 +109,7 @@ class RowBuilder:
             "positions": positions,
             "place": [place.epoch, place.window, place.row],
             "start": [start.epoch, start.window, start.row],
+            "epochs": epochs,
             "keys": keys,
             "quarantined": json.dumps(quarantined, ensure_ascii=False),
             "failed": None,

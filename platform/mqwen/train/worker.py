@@ -22,7 +22,7 @@ from mqwen.train.cost import Cost
 from mqwen.train.emit import emit_checkpoint
 from mqwen.train.guard import RECENT, Guard
 from mqwen.train.hardware import ceiling
-from mqwen.train.loop import Batch, Data, Evaluation, Place, Progress, StepRecord, Watch, train
+from mqwen.train.loop import Batch, Data, Evaluation, Progress, StepRecord, Watch, train
 from mqwen.train.metrics import Metrics
 from mqwen.train.preemption import Notice
 from mqwen.train.profile import StepProfiler
@@ -42,14 +42,13 @@ Rows = Callable[[Any, Progress], Iterator[Batch]]
 class Feed:
     """Where every worker finds its rows.
 
-    `held_out` are those of a rank of so many, from the beginning; None is none. `epochs` says how many epochs lie
-    before a place. `imports` are modules that reading needs on a worker.
+    `held_out` are those of a rank of so many, from the beginning; None is none. `imports` are modules that reading
+    needs on a worker.
     """
 
     split: Split
     rows: Rows
     blank: Batch
-    epochs: Callable[[Place], float]
     held_out: Callable[[int, int], Iterator[Batch]] | None = None
     imports: tuple[str, ...] = ()
 
@@ -151,7 +150,7 @@ def work(config: dict[str, Task]) -> None:
         spares.ask(1 if rank else 2)  # rank 0 begins the reading
     feed = task.feed
     held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
-    data = Data(rows, feed.blank, held_out, task.cost.of, feed.epochs)
+    data = Data(rows, feed.blank, held_out, task.cost.of)
     watch = Watch(on_step, on_checkpoint, on_evaluation, guard.accepts, notice.given)
     with watchdog.watching():
         last = train(settings, strategy, data, progress, watch)
