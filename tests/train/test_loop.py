@@ -196,6 +196,24 @@ def evaluate_rank(
     return found, len(records), last, saved
 
 
+def passes_of_rank(rank: int, workers: int, settings: RunSettings) -> int:
+    """How often the loop says that it goes on."""
+    passes = itertools.count()
+    strategy = fresh_strategy(settings)
+    train_ranks(
+        settings, strategy, Progress(), rank, workers, lambda progress: None, alive=lambda: next(passes) and None
+    )
+    return next(passes)
+
+
+def test_each_pass_of_an_evaluation_shows_that_the_rank_goes_on(ranks: Ranks, settings: RunSettings) -> None:
+    """Else one that takes longer than a hang may would be taken for one."""
+    settings = replace(settings, steps=1, evaluation=EvaluationSettings(settings.data.dataset))
+    held_out = max(len(list(held_out_rows(settings).share(rank, 2))) for rank in range(2))
+    assert held_out > 1
+    assert ranks.run(2, passes_of_rank, settings) == [3 + held_out] * 2  # of five rows a rank has three at most
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_held_out_loss_is_that_of_a_plain_loop(ranks: Ranks, settings: RunSettings, workers: int) -> None:
     """Before anything is learned: at a rate of 0."""

@@ -118,13 +118,14 @@ class Data:
 @dataclass(frozen=True)
 class Watch:
     """Who is told and asked; each is called on every rank at the same steps. `wants_checkpoint` is asked for one beside
-    those that are due: it is made when any rank wants it."""
+    those that are due: it is made when any rank wants it. `alive` is called after each pass, of an evaluation too."""
 
     step: Callable[[StepRecord], None]
     checkpoint: Callable[[Progress], None]
     evaluation: Callable[[Evaluation], None] = lambda evaluation: None
     accepts: Accepts = lambda step, loss, keys, norm: True
     wants_checkpoint: Callable[[], bool] = lambda: False
+    alive: Callable[[], None] = lambda: None
 
 
 def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progress, watch: Watch) -> Progress:
@@ -159,6 +160,7 @@ def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progr
             ).loss
             strategy.backward(part, last=i == len(passes))
             loss += part.detach()
+            watch.alive()
 
         done = progress.tokens + int(tokens)
         progress = replace(progress, step=progress.step + 1, place=place, tokens=done, epochs=epochs)
@@ -227,6 +229,7 @@ def _evaluate(settings: RunSettings, strategy: Strategy, data: Data, progress: P
             loss = strategy.model(**inputs, num_items_in_batch=1, row_length=length, **LOSS_ONLY).loss
             total += _sum_over_ranks(loss.item())[0]
             tokens += int(labelled)
+            watch.alive()
     strategy.model.train()
     if not tokens:
         return progress

@@ -95,8 +95,8 @@ class ParallelSettings:
     `max_failures` is how often a run may lose its workers and go on from its last checkpoint.
     With `min_workers` a run goes on with as few where nodes are lost, and with more, up to `workers`, when others come.
     `wait_for_resources` is how many seconds a run waits at its start for others to end or the cluster to grow;
-    `hang_timeout` after how many without a step the workers are ended and started again. `spares` are processes that
-    wait to become workers, so that a restart does not; they take some hundred megabytes each.
+    `hang_timeout` after how many without a forward pass the workers are ended and started again. `spares` are processes
+    that wait to become workers, so that a restart does not; they take some hundred megabytes each.
     """
 
     workers: int = 1

@@ -128,7 +128,6 @@ def work(config: dict[str, Task]) -> None:
         notice.heard()
 
     def on_step(record: StepRecord) -> None:
-        watchdog.alive()
         saver.check()
         if metrics:
             metrics.step(record)
@@ -136,7 +135,6 @@ def work(config: dict[str, Task]) -> None:
             profiler.step()
 
     def on_evaluation(evaluation: Evaluation) -> None:
-        watchdog.alive()
         if metrics:
             metrics.evaluation(evaluation)
 
@@ -151,7 +149,7 @@ def work(config: dict[str, Task]) -> None:
     feed = task.feed
     held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
     data = Data(rows, feed.blank, held_out, task.cost.of)
-    watch = Watch(on_step, on_checkpoint, on_evaluation, guard.accepts, notice.given)
+    watch = Watch(on_step, on_checkpoint, on_evaluation, guard.accepts, notice.given, watchdog.alive)
     with watchdog.watching():
         last = train(settings, strategy, data, progress, watch)
     saver.wait()
