@@ -77,6 +77,11 @@ def step_folder(run: Location, step: int) -> Location:
     return folder(run) / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Location) -> int:
+    """By its name: also of one whose commit is damaged."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def committed(run: Location) -> list[Location]:
     """The run's checkpoints, oldest first."""
     places = [folder(run) / name for name in retried(folder(run).names)]

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from mqwen.errors import UserError
 from mqwen.storage import Location, StorageError, locate, retried, workplace
-from mqwen.train.checkpoint import COMMIT, CheckpointError, Commit, committed, read_commit, step_folder
+from mqwen.train.checkpoint import COMMIT, CheckpointError, Commit, DamagedError, committed, read_commit, step_folder
 from mqwen.train.loop import Progress
 from mqwen.train.settings import RunSettings
 
@@ -146,7 +146,7 @@ class Saver:
             found = committed(self._run)
             kept = {one.path for one in found[-keep.keep :]}
             if keep.keep_best:
-                losses = {one.path: read_commit(one).loss for one in found}
+                losses = {one.path: _loss(one) for one in found}
                 scored = [path for path, loss in losses.items() if loss is not None]
                 kept |= set(sorted(scored, key=lambda path: losses[path] or 0.0)[: keep.keep_best])
             for old in found:
@@ -154,6 +154,15 @@ class Saver:
                     _clear(old)
         except (StorageError, CheckpointError) as error:
             print(f"warning: an old checkpoint stays: {error}", flush=True)
+
+
+def _loss(checkpoint: Location) -> float | None:
+    """None of one that is damaged: it is none of the best."""
+    try:
+        return read_commit(checkpoint).loss
+    except DamagedError as error:
+        print(f"warning: {error}", flush=True)
+        return None
 
 
 def _put(local: Path, target: Location, rank: int) -> dict[str, dict[str, Any]]:
