@@ -207,6 +207,30 @@ def test_no_room_is_said(place: Place) -> None:
     assert "Traceback" not in output
 
 
+EVALUATION = """
+from mqwen import cli
+from mqwen.cluster import cluster
+from mqwen.evaluate import evaluation
+
+evaluation.WAIT = 0
+
+def main():
+    with cluster(1):
+        evaluation.Evaluation(None, None, [None] * 40, actors=evaluation.Actors(9, gpus=1)).run()
+
+cli.run(main)
+"""
+
+
+def test_no_room_for_an_evaluation_is_said(place: Place) -> None:
+    code, output = place.cluster.shell.run("-c", EVALUATION)
+    assert code == 2
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: 2 actors with 1 CPU, 1 GPU each were asked for; the cluster has ")
+    assert line.endswith("a small model can be evaluated without, with --actors.gpus 0")
+    assert "Traceback" not in output
+
+
 def test_status_lists_the_runs(submitted: str, place: Place) -> None:
     words = ["--runs", place.runs, "--address", place.cluster.dashboard]
     output = place.cluster.shell.done("jobs/status.py", *words)

@@ -29,12 +29,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mqwen.errors import UserError
 from mqwen.model import MQWenConfig, MQWenProcessor
+from mqwen.resources import require
 from mqwen.storage import Location, readable, writable
 from mqwen.train import checkpoint, spares
 from mqwen.train.claim import claimed
 from mqwen.train.cost import Cost
 from mqwen.train.provenance import record_start
-from mqwen.train.resources import require
 from mqwen.train.settings import RunSettings, SettingsError
 from mqwen.train.worker import Feed, Task, work
 
@@ -107,7 +107,14 @@ def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: F
     Raises ResourcesError before a worker starts where the cluster has no room for all of them.
     """
     parallel = settings.parallel
-    require(parallel.bundle, parallel.fewest, parallel.wait_for_resources)
+    require(
+        parallel.bundle,
+        parallel.fewest,
+        parallel.wait_for_resources,
+        "workers",
+        "Ask for fewer or smaller workers, or for time to wait for more with --parallel.wait-for-resources",
+        "a small model can be trained without, with --parallel.gpus-per-worker 0 --model.precision float32",
+    )
     record_start(run)
     gpus = parallel.gpus_per_worker
     source = readable(settings.model.init_from) if settings.model.init_from else None
