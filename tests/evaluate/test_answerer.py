@@ -16,6 +16,7 @@ from mqwen.data.filters import Filters
 from mqwen.data.indexes import IndexWriter
 from mqwen.data.manifest import Manifest, Shards, write_manifest
 from mqwen.data.parts import PartWriter, write_part
+from mqwen.data.runs import Samples
 from mqwen.data.sample import Sample, write_sample
 from mqwen.data.sources.stored import WebDatasetSource
 from mqwen.errors import UserError
@@ -50,16 +51,17 @@ def make(processor: MQWenProcessor, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def evaluate(artifact: Path, dataset: Location, generation: Generation = GENERATION) -> list[Answer]:
-    """One actor that is asked everything at once."""
+    """One actor that is asked everything at once; by key."""
     evaluation = Evaluation.prepare(locate(artifact), dataset, generation, Actors())
-    return Answerer(locate(artifact), evaluation.dataset, generation, gpu=False).answer(evaluation.places)
+    answerer = Answerer(locate(artifact), evaluation.dataset, generation, gpu=False)
+    return sorted(answerer.answer(evaluation.places), key=lambda answer: answer.key)
 
 
 def test_answers_are_the_models_own_and_losses_those_of_all_logits(
     artifact: Path, processor: MQWenProcessor, make: Callable[[list[Sample]], Location]
 ) -> None:
     answers = evaluate(artifact, make(SAMPLES[::-1]))
-    assert [answer.key for answer in answers] == [sample.key for sample in SAMPLES]  # by key
+    assert [answer.key for answer in answers] == [sample.key for sample in SAMPLES]
     model = MQWenLMHeadModel.from_pretrained(artifact).eval()
     clear = 0
     for sample, answer in zip(SAMPLES, answers, strict=True):
@@ -108,6 +110,19 @@ def test_answers_have_the_datasets_keys(artifact: Path, in_place: Location) -> N
     answers = evaluate(artifact, in_place, replace(GENERATION, temperature=1.5))
     assert [answer.key for answer in answers] == KEYS
     assert not any(answer.error for answer in answers)
+
+
+def test_neighbours_are_one_read(artifact: Path, in_place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a drawn canary, whose samples lie far apart, each is one: all between would be read with them."""
+    read, ranges = Location.read_range, list[int]()
+    monkeypatch.setattr(Location, "read_range", lambda *given: ranges.append(given[2]) or read(*given))
+    evaluation = Evaluation.prepare(locate(artifact), in_place, GENERATION, Actors())
+    Samples([evaluation.dataset], evaluation.places)
+    sizes = [place.nbytes for place in evaluation.places]
+    assert ranges == [sum(sizes[:4]), sum(sizes[4:])]
+    ranges.clear()
+    draw(Canary(questions=8), evaluation.dataset, evaluation.places)
+    assert sorted(ranges) == sorted(sizes)
 
 
 def test_a_canary_has_the_datasets_keys_too(artifact: Path, in_place: Location) -> None:

@@ -68,10 +68,12 @@ class Evaluation:
         _, processor = open_artifact(local_folder(artifact))
         opened = open_dataset(dataset)
         opened.check_tokenizer(processor.tokenizer.fingerprint)
-        rows = [(shard, row) for shard in opened.manifest.shards for row in read_index(dataset, shard).to_pylist()]
-        rows.sort(key=lambda row: row[1]["key"])
-        # Each a run of its own: neighbours by key need not lie near each other.
-        places = [Place(shard=shard, run=number, **row) for number, (shard, row) in enumerate(rows)]
+        # As they lie: of those that are asked together, a shard's are one read.
+        places = [
+            Place(shard=shard, run=number, **row)
+            for number, shard in enumerate(opened.manifest.shards)
+            for row in read_index(dataset, shard).to_pylist()
+        ]
         return cls(artifact, opened, places, generation, actors)
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Answer]:
