@@ -171,8 +171,8 @@ def _begin_reading(task: Task, progress: Progress) -> Iterator[Batch]:
 
 def _recent(run: Location, progress: Progress) -> list[tuple[float, float]]:
     """Loss and gradient norm of the last steps up to a progress."""
-    records = [record for record in read_metrics(run) if record["step"] <= progress.step] if progress.step else []
-    return [(record["loss"], record["gradient_norm"]) for record in records[-2 * RECENT :]]
+    records = read_metrics(run, upto=progress.step, last=2 * RECENT) if progress.step else []
+    return [(record["loss"], record["gradient_norm"]) for record in records]
 
 
 def _say(rank: int, text: str) -> None:
