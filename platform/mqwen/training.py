@@ -100,4 +100,4 @@ def _held_out(settings: RunSettings, config: MQWenConfig, processor: MQWenProces
     small = replace(
         order_settings(settings, config.image_positions), seed=0, run_samples=HELD_OUT_SAMPLES, window_runs=1
     )
-    return HeldOut(Order([dataset], small), processor)
+    return HeldOut(Order([dataset], small), processor, settings.data.max_bad)

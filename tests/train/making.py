@@ -85,7 +85,7 @@ def held_out_rows(settings: RunSettings) -> HeldOut:
     """Six windows of eight samples or fewer."""
     small = replace(order_of(settings).settings, run_samples=8, window_runs=1)
     dataset = open_dataset(locate(settings.evaluation.dataset))
-    return HeldOut(Order([dataset], small), starting_point(settings)[1])
+    return HeldOut(Order([dataset], small), starting_point(settings)[1], settings.data.max_bad)
 
 
 def row_cost(settings: RunSettings) -> Cost:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import accumulate
@@ -12,9 +13,13 @@ import torch
 from torch import nn
 
 from mqwen.data.batch import Batch
+from mqwen.data.errors import DataError
+from mqwen.data.sample import Sample
+from mqwen.train.build import starting_point
 from mqwen.train.loop import Evaluation, Progress, StepRecord
 from mqwen.train.optimizer import rate_factor
-from mqwen.train.settings import EvaluationSettings, OptimizerSettings, RunSettings
+from mqwen.train.settings import EvaluationSettings, OptimizerSettings, RunSettings, SettingsError
+from tests.data.making import random_sample, write_dataset
 from tests.train.conftest import Ranks
 from tests.train.making import fresh_model, fresh_strategy, held_out_rows, rows_from, train_ranks
 
@@ -233,6 +238,30 @@ def test_the_held_out_loss_is_that_of_a_plain_loop(ranks: Ranks, settings: RunSe
         assert [one.loss for one in found] == pytest.approx([total / tokens] * 2, rel=1e-5)
         assert last.best == min(one.loss for one in found)
         assert [one.worse for one in saved] == [0, 0, 1]
+
+
+def evaluate_on(rank: int, workers: int, settings: RunSettings, kinds: tuple[type[Exception], ...]) -> str:
+    """What an evaluation is ended with."""
+    with pytest.raises(kinds) as raised:
+        evaluate_rank(rank, workers, settings, Progress())
+    return str(raised.value)
+
+
+def test_held_out_samples_that_cannot_be_used_are_counted(
+    ranks: Ranks, settings: RunSettings, tokenizer: Path, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "which " * 400}, {"role": "assistant", "content": "three"}]
+    long = [Sample(f"long-{n}", turns) for n in range(3)]
+    processor = starting_point(settings)[1]
+    for name, samples in (("some", [*map(random_sample, range(20)), *long]), ("all", long[:1])):
+        write_dataset(tmp_path / name, processor, samples)
+    some, none = (
+        replace(settings, steps=1, evaluation=EvaluationSettings(str(tmp_path / name))) for name in ("some", "all")
+    )
+    (said,) = ranks.run(1, evaluate_on, some, (DataError,))
+    assert re.match(r"[23] of \d+ samples of some could .*, --data.max-bad allows 0.1%: long-\d: too long", said)
+    (said,) = ranks.run(1, evaluate_on, none, (SettingsError,))
+    assert said.startswith(f"--evaluation.dataset {tmp_path}/all has no answer that could be used")
 
 
 def test_patience_ends_a_run_that_no_longer_learns(ranks: Ranks, settings: RunSettings) -> None:

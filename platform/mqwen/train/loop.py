@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mqwen.train.optimizer import rate_factor
-from mqwen.train.settings import RunSettings
+from mqwen.train.settings import RunSettings, SettingsError
 from mqwen.train.strategy import Strategy
 
 LOSS_ONLY = {"use_cache": False, "logits_to_keep": "labels"}  # no full logits: only labelled positions get any
@@ -232,6 +232,11 @@ def _evaluate(settings: RunSettings, strategy: Strategy, data: Data, progress: P
             watch.alive()
     strategy.model.train()
     if not tokens:
+        if settings.evaluation.dataset:
+            raise SettingsError(
+                f"--evaluation.dataset {settings.evaluation.dataset} has no answer that could be used: of its samples "
+                "none was read, or none fits --data.pack-length"
+            )
         return progress
     loss_now = total / tokens
     watch.evaluation(Evaluation(progress.step, loss_now, tokens, time.perf_counter() - started))
