@@ -1,5 +1,6 @@
 """FAULTS.md: each line of its table is made, ingested and trained on, and ends as the table says."""
 
+import hashlib
 import io
 import json
 import re
@@ -10,7 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -25,7 +28,7 @@ from mqwen.data.manifest import Manifest, Shard, Shards, read_index, read_manife
 from mqwen.data.order import Place
 from mqwen.data.parts import Part, PartWriter
 from mqwen.data.runs import Samples
-from mqwen.data.sample import Sample, read_sample
+from mqwen.data.sample import Sample, read_sample, write_sample
 from mqwen.data.sources.files import read_picture
 from mqwen.data.sources.stored import ParquetSource, WebDatasetSource
 from mqwen.model import MQWenProcessor
@@ -197,6 +200,23 @@ def test_a_truncated_tar(tmp_path: Path, processor: MQWenProcessor) -> None:
     assert reasons(read_epoch(dataset, processor)) == {one.key: "kept" for one in GOOD} | {lost: in_training}
     found = outcomes(ingested(processor, tmp_path / "made", WebDatasetSource(dataset), Filters(), in_place=True))
     assert found == {f"shard-000000/{one.key}": "kept" for one in GOOD[:-1]} | {"shard-000000.tar": at_ingest}
+
+
+def test_a_file_of_elsewhere_comes_once(tmp_path: Path, processor: MQWenProcessor) -> None:
+    """To be scanned and hashed."""
+    (tmp_path / "files").mkdir()
+    with tarfile.open(tmp_path / "files" / "a.tar", "w") as tar:
+        for sample in GOOD:
+            write_sample(tar, sample)
+    remote = fsspec.filesystem("dir", path=str(tmp_path / "files"))
+    opened, opener = list[str](), remote.open
+    remote.open = lambda path, *words, **named: opened.append(path) or opener(path, *words, **named)
+    files = Location(pafs.PyFileSystem(pafs.FSSpecHandler(remote)), "", "dir://files")
+    part = ingested(processor, tmp_path, WebDatasetSource(files), Filters(), in_place=True)
+    assert set(outcomes(part).values()) == {"kept"}
+    assert opened == ["/a.tar"]
+    data = (tmp_path / "files" / "a.tar").read_bytes()
+    assert (part.shards[0]["nbytes"], part.shards[0]["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
 
 
 def test_a_flipped_byte(tmp_path: Path, processor: MQWenProcessor) -> None:
