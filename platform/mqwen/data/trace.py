@@ -32,16 +32,13 @@ class Traced:
     reason: str
 
 
-def trace(reader: WindowReader, skipped: int, rows: int) -> Iterator[Traced]:
-    """The samples of `rows` rows, after the first `skipped` rows from the reader's start. Reads no other samples."""
+def trace(reader: WindowReader, last: tuple[int, int, int]) -> Iterator[Traced]:
+    """The samples of the rows from the reader's start to the one whose place is `last`. Reads no other samples."""
     for number in itertools.count():
         plan = reader.plan(number)
-        wanted = range(reader.start.row if number == 0 else 0, len(plan.rows))
-        taken = wanted[skipped : skipped + rows]
-        skipped -= min(skipped, len(wanted))
-        rows -= len(taken)
         epoch, window = reader.place(number)
-        for row in taken:
+        is_last = (epoch, window) == last[:2]
+        for row in range(reader.start.row if number == 0 else 0, last[2] + 1 if is_last else len(plan.rows)):
             packs = [[plan.samples[i] for i in pack] for pack in plan.rows[row]]
             samples = Samples(reader.order.datasets, [place for pack in packs for place in pack])
             for n, pack in enumerate(packs):
@@ -51,7 +48,7 @@ def trace(reader: WindowReader, skipped: int, rows: int) -> Iterator[Traced]:
                 most = reader.order.settings.pack_length
                 too_long = SampleError("too long", f"data.pack_length allows {most}")
                 yield _traced(reader, (epoch, window, row), -1, plan.samples[i], too_long)
-        if not rows:
+        if is_last:
             return
 
 
