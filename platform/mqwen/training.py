@@ -22,7 +22,7 @@ from mqwen.train.run import SETTINGS, open_run, train_run
 from mqwen.train.settings import DataSettings, RunSettings, SettingsError
 from mqwen.train.worker import Feed
 
-ENDLESS = 2**31  # rows, where the budget does not say how many it can want
+UNBOUNDED_ROWS = 2**31  # where the budget does not say how many it can want
 HELD_OUT_SAMPLES = 64  # of a window of held-out rows, which one worker reads
 
 
@@ -73,7 +73,7 @@ def run_training(settings: RunSettings) -> None:
     config, processor = starting_point(settings)
     cost = cost_of(outline(settings, config))
     order = order_of(settings, config.image_positions)
-    rows = settings.steps * settings.data.rows_per_step if settings.steps else ENDLESS
+    rows = settings.steps * settings.data.rows_per_step if settings.steps else UNBOUNDED_ROWS
     stream = Stream(order, processor, rows)
     for dataset in order.datasets:
         dataset.check_shards()
