@@ -72,7 +72,7 @@ class RowBuilder:
         `too_long` are samples that no pack takes; they are quarantined with this row. `epochs` lie before the next one.
         """
         keys: list[str] = []
-        quarantined = {sample.key: str(self._too_long(sample)) for sample in too_long}
+        quarantined = {sample.key: str(too_long_error(sample, self._settings)) for sample in too_long}
         pictures: list[np.ndarray] = []
         # A short row is filled with empty packs: every row of a run has the same number of them.
         ids: list[list[int]] = [[] for _ in range(self._settings.packs_per_row)]
@@ -81,8 +81,6 @@ class RowBuilder:
         for p, pack in enumerate(packs):
             for segment, entry in enumerate(pack, start=1):
                 try:
-                    if isinstance(entry.sample, SampleError):
-                        raise entry.sample
                     chat, shown = encode(self._processor, entry.sample)
                     keys.append(entry.place.key)
                 except SampleError as error:
@@ -116,6 +114,7 @@ class RowBuilder:
         }
         return pa.table({name: [value] for name, value in columns.items()}, schema=COLUMNS)
 
-    def _too_long(self, sample: Place) -> SampleError:
-        positions, most = self._settings.positions(sample.tokens, sample.images), self._settings.pack_length
-        return SampleError("too long", f"{positions} positions, data.pack_length allows {most}")
+
+def too_long_error(sample: Place, settings: OrderSettings) -> SampleError:
+    positions = settings.positions(sample.tokens, sample.images)
+    return SampleError("too long", f"{positions} positions, data.pack_length allows {settings.pack_length}")

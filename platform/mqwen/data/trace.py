@@ -10,6 +10,7 @@ from mqwen.data.encode import encode
 from mqwen.data.errors import SampleError
 from mqwen.data.order import Place
 from mqwen.data.reader import WindowReader
+from mqwen.data.row import too_long_error
 from mqwen.data.runs import Samples
 from mqwen.data.sample import Sample
 
@@ -45,8 +46,7 @@ def trace(reader: WindowReader, last: tuple[int, int, int]) -> Iterator[Traced]:
                 for place in pack:
                     yield _traced(reader, (epoch, window, row), n, place, samples.read(place))
             for i in plan.too_long[row]:
-                most = reader.order.settings.pack_length
-                too_long = SampleError("too long", f"data.pack_length allows {most}")
+                too_long = too_long_error(plan.samples[i], reader.order.settings)
                 yield _traced(reader, (epoch, window, row), -1, plan.samples[i], too_long)
         if is_last:
             return
@@ -55,11 +55,8 @@ def trace(reader: WindowReader, last: tuple[int, int, int]) -> Iterator[Traced]:
 def _traced(
     reader: WindowReader, row: tuple[int, int, int], pack: int, place: Place, found: Sample | SampleError
 ) -> Traced:
-    source, reason = "", ""
+    source, reason = found.source if isinstance(found, Sample) else "", ""
     try:
-        if isinstance(found, SampleError):
-            raise found
-        source = found.source
         encode(reader.processor, found)
     except SampleError as error:
         reason = str(error)
