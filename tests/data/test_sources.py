@@ -151,6 +151,18 @@ def test_tars(tars: Path) -> None:
                 assert key == f"{name.removesuffix('.tar')}/{again.key}"
 
 
+def test_long_names_give_keys_of_their_own(tmp_path: Path) -> None:
+    """Though each tar's keys are made without a look at the others', and all begin alike."""
+    names = [f"{'a-long-name-' * 6}{n}" for n in range(2)]
+    for name in names:
+        with webdataset.TarWriter(str(tmp_path / f"{name}.tar")) as sink:
+            sink.write({"__key__": "0001", "txt": "A cat.", "png": picture(1)})
+    found = read(WebDatasetSource(locate(tmp_path)))
+    assert len(found) == 2
+    assert all(key.startswith("a-long-name-") and len(key) <= 64 for key in found)
+    assert found == read(WebDatasetSource(locate(tmp_path)))
+
+
 def test_names_longer_than_a_header(tmp_path: Path) -> None:
     """In tars of GNU's and PAX's forms, whose long names stand in members of their own."""
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
