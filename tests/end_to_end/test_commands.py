@@ -141,6 +141,17 @@ def test_another_seed_prints_other_losses(submitted: str, place: Place) -> None:
 
 
 @pytest.mark.soak
+def test_what_would_come_again_ends_the_run_at_once(place: Place) -> None:
+    """Whatever `max_failures` is: it is not trained again up to there."""
+    more = ["--optimizer.learning-rate", 1e30, "--optimizer.warmup", 0, "--guard.most", 0]
+    code, output = place.cluster.shell.run(*place.options("diverged", *more))
+    assert code == 2
+    assert output.count("step 1/40") == output.count("is left out: its ") == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: training stopped, its checkpoints stay. DivergedError: 1 of the last ")
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
 def test_deepspeed_prints_the_same_losses(submitted: str, place: Place, strategy: str) -> None:
     found = losses(place.cluster.shell.done(*place.options(strategy, "--parallel.strategy", strategy)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from mqwen.data.batch import Batch
-from mqwen.data.errors import DataError
+from mqwen.data.errors import TooManyBadError
 from mqwen.telemetry import reading
 
 logger = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ class Quarantine:
         self._seen, self._bad = 0, dict[str, str]()
 
     def add(self, row: Batch) -> None:
-        """Raises DataError where more than `max_bad` of the samples so far could not be used. One always may; the share
-        of a few rows says little.
+        """Raises TooManyBadError where more than `max_bad` of the samples so far could not be used. One always may; the
+        share of a few rows says little.
         """
         self._seen += len(row.keys) + len(row.quarantined)
         self._bad |= row.quarantined
@@ -32,7 +32,7 @@ class Quarantine:
             reading.QUARANTINED_SAMPLES.add(dataset=self._dataset, reason=kind)
         if len(self._bad) > max(1, self._max_bad * self._seen):
             listed = "; ".join(f"{key}: {reason}" for key, reason in list(self._bad.items())[:SHOWN])
-            raise DataError(
+            raise TooManyBadError(
                 f"{len(self._bad)} of {self._seen} samples of {self._dataset} could not be used, --data.max-bad allows "
                 f"{self._max_bad:.1%}: {listed}"
             )

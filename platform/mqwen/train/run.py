@@ -10,6 +10,7 @@ RUNS/NAME/profile/          see profile.py
 RUNS/NAME/report.html       see report.py
 RUNS/NAME/starts/           see provenance.py
 RUNS/NAME/driver-ID.json    see claim.py
+RUNS/NAME/ended.txt         why the last start ended, where that would come again (worker.py)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mqwen.errors import UserError
+from mqwen.errors import LastingError, UserError
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.resources import require
 from mqwen.storage import Location, readable, writable
@@ -36,7 +37,7 @@ from mqwen.train.claim import claimed
 from mqwen.train.cost import Cost
 from mqwen.train.provenance import record_start
 from mqwen.train.settings import RunSettings, SettingsError
-from mqwen.train.worker import Feed, Task, work
+from mqwen.train.worker import ENDED, Feed, Task, work
 
 SETTINGS = "settings.json"
 # What may change when a run goes on: none of it changes what a step computes.
@@ -104,7 +105,8 @@ def _reason(cause: Exception) -> str:
 def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: Feed, cost: Cost) -> None:
     """Trains until the budget is spent.
 
-    Raises ResourcesError before a worker starts where the cluster has no room for all of them.
+    Raises TrainingError where workers are lost more often than they may be, LastingError where starting anew does not
+    help, ResourcesError before a worker starts where the cluster has no room for all of them.
     """
     parallel = settings.parallel
     require(
@@ -141,7 +143,10 @@ def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: F
             worker_runtime_env={"env_vars": prepared} if parallel.spares else {},
         ),
     )
+    (run / ENDED).delete()
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
         raise TrainingError(error.worker_failures) from error
+    if (run / ENDED).exists():
+        raise LastingError(f"training stopped, its checkpoints stay. {(run / ENDED).read_bytes().decode()}")

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mqwen.errors import UserError
+from mqwen.errors import LastingError
 
 
-class SettingsError(UserError, ValueError):
+class SettingsError(LastingError, ValueError):
     """Settings that cannot work; the message names the option, what is allowed and the way out."""
 
 

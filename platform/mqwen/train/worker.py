@@ -13,6 +13,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from mqwen.errors import LastingError
 from mqwen.model import MQWenConfig
 from mqwen.storage import Location, retried
 from mqwen.telemetry import training
@@ -31,6 +32,8 @@ from mqwen.train.saver import Saver
 from mqwen.train.settings import RunSettings
 from mqwen.train.strategy import make_strategy
 from mqwen.train.watchdog import Watchdog
+
+ENDED = "ended.txt"  # of the run's folder
 
 Split = Callable[[Progress, int], list[Any]]
 """Given the progress to start from and the number of workers: what each of them reads its rows from."""
@@ -83,7 +86,21 @@ class Task:
 
 
 def work(config: dict[str, Task]) -> None:
+    """What each worker runs. Ray starts all of them anew whatever one raises: after an error that would come again they
+    have nothing left to do, and the driver says why, which it finds in ENDED."""
     task = config["task"]
+    ended = task.run / ENDED
+    if retried(ended.exists):
+        return
+    try:
+        _train(task)
+    except LastingError as error:
+        reason = f"{type(error).__name__}: {error}".encode()
+        retried(lambda: ended.write_bytes(reason))
+        raise
+
+
+def _train(task: Task) -> None:
     settings, rank, workers = task.settings, dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(settings.parallel.cpus_per_worker)
     if rank == 0:
