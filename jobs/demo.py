@@ -42,6 +42,8 @@ class Demo:
 
 def main() -> None:
     demo = tyro.cli(Demo, description=__doc__)
+    if demo.asked < 2:
+        raise DataError(f"--asked is {demo.asked}; at least 2 are needed, whose pictures can be exchanged")
     marker = demo.out / ".mqwen-demo"
     if demo.out.exists() and not marker.exists():
         raise DataError(f"--out {demo.out} exists and is not an earlier demo's folder; choose another")

@@ -29,21 +29,32 @@ class Plan:
     load: tyro.conf.OmitArgPrefixes[Load] = field(default_factory=Load)
 
 
-def sizes(settings: RunSettings) -> MQWenConfig:
-    """The artifact's that the recipe starts from, or else those of the models that it is for."""
+def sizes(recipe: str, settings: RunSettings) -> MQWenConfig:
+    """The artifact's that is started from, or else those of the models that the recipe is for."""
     if settings.model.init_from or settings.tokenizer:
         return starting_point(settings)[0]
-    return MQWenConfig(**(QWEN_7B if settings.name.endswith("-7b") else settings.model.config))
+    return MQWenConfig(**(QWEN_7B if recipe.endswith("-7b") else {}) | settings.model.config)
+
+
+def check(plan: Plan) -> None:
+    """Raises SettingsError for what is out of range."""
+    if plan.kind not in CARDS:
+        raise SettingsError(f"--kind {plan.kind} is unknown; known are {', '.join(CARDS)}")
+    counts = ("gpus", plan.gpus, 1), ("pictures", plan.load.pictures, 0), ("conversations", plan.load.conversations, 1)
+    shares = ("reached", plan.reached, 0.001), ("labelled", plan.load.labelled, 0)
+    for option, value, least, most in (*((*c, 10**6) for c in counts), *((*share, 1) for share in shares)):
+        if not least <= value <= most:
+            raise SettingsError(f"--{option} is {value}; {least} to {most} is allowed")
 
 
 def main() -> None:
     plan, rest = tyro.cli(Plan, description=__doc__, return_unknown_args=True)
-    if plan.kind not in CARDS:
-        raise SettingsError(f"--kind {plan.kind} is unknown; known are {', '.join(CARDS)}")
+    check(plan)
     settings = tyro.cli(RunSettings, default=recipe(plan.recipe), args=rest)
     settings = replace(settings, parallel=replace(settings.parallel, workers=plan.gpus))
-    settings.parallel.check()
-    card, found = CARDS[plan.kind], estimate(settings, sizes(settings), plan.load)
+    # Whatever the dataset is: it need not be there yet.
+    replace(settings, data=replace(settings.data, dataset="any", mixture={})).check()
+    card, found = CARDS[plan.kind], estimate(settings, sizes(plan.recipe, settings), plan.load)
 
     table = Table("in memory", "GiB", title=f"{plan.recipe} on {plan.gpus} {plan.kind}, each")
     for what, size in found.memory.items():

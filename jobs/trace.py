@@ -27,9 +27,9 @@ def main() -> None:
     from mqwen.data.trace import trace
     from mqwen.training import reader_of  # brings torch and Ray, for which a wrong option need not wait
 
-    reader, skipped, rows = reader_of(readable(command.run), command.step)
+    reader, last = reader_of(readable(command.run), command.step)
     table = Table("epoch, window, row", "pack", "key", "source", "tokens", "pictures", "positions", "left out")
-    for one in trace(reader, skipped, rows):
+    for one in trace(reader, last):
         place, pack = ", ".join(map(str, one.place)), "" if one.pack < 0 else str(one.pack)
         counts = map(str, (one.tokens, one.images, one.positions))
         table.add_row(place, pack, one.key, one.source, *counts, one.reason)

@@ -19,9 +19,10 @@ ROOMS = {
     "telemetry": {"errors"},
     "storage": {"errors", "telemetry"},
     "data": BASE,
-    "train": BASE,
+    "resources": {"errors"},
+    "train": BASE | {"resources"},
     "engine": BASE,
-    "evaluate": BASE | {"data", "engine"},
+    "evaluate": BASE | {"data", "engine", "resources"},
     "release": BASE | {"data", "train", "evaluate"},
 }
 TOP = {"jobs", "serve", "demo", "cli", "cluster", "training"}  # the last four live in mqwen, and no room imports them

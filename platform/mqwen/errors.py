@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Shown as one line by the command lines, without a trace."""
+
+
+class LastingError(UserError):
+    """What would come again: a run that starts anew from its last checkpoint comes to the same end."""

@@ -22,7 +22,7 @@ from mqwen.train.run import SETTINGS, open_run, train_run
 from mqwen.train.settings import DataSettings, RunSettings, SettingsError
 from mqwen.train.worker import Feed
 
-ENDLESS = 2**31  # rows, where the budget does not say how many it can want
+UNBOUNDED_ROWS = 2**31  # where the budget does not say how many it can want
 HELD_OUT_SAMPLES = 64  # of a window of held-out rows, which one worker reads
 
 
@@ -40,25 +40,27 @@ def order_settings(settings: RunSettings, image_positions: int) -> OrderSettings
     )
 
 
-def reader_of(run: Location, step: int) -> tuple[WindowReader, int, int]:
-    """What reads the rows of a run's order, how many of them lie before a step's, and how many those are.
+def reader_of(run: Location, step: int) -> tuple[WindowReader, Place]:
+    """What reads the rows of a run's order from a step's first one on, and the place of the step's last.
 
-    The reader starts at the last position before the step that the run's metrics tell.
+    The run's metrics tell both. Raises SettingsError for a step of which they tell nothing.
     """
     try:
         raw = json.loads((run / SETTINGS).read_bytes())
     except MissingFileError as error:
         raise SettingsError(f"{run} is no run: it has no {SETTINGS}") from error
-    if not 1 <= step <= (raw["steps"] or step):
-        raise SettingsError(f"step {step} is none of {run}, whose steps are 1 to {raw['steps']}")
+    known = {record["step"]: tuple(record["place"]) for record in read_metrics(run, upto=step, last=2)}
+    if not {step, max(1, step - 1)} <= known.keys():
+        last = max((record["step"] for record in read_metrics(run, last=1)), default=0)
+        raise SettingsError(
+            f"step {step} is none of {run}, whose metrics tell of the steps 1 to {last}; they are written with each "
+            "checkpoint"
+        )
     settings = RunSettings(raw["name"], data=DataSettings(**raw["data"]), seed=raw["seed"])
     model = local_folder(run / "model")
     order = order_of(settings, MQWenConfig.from_json_file(model / "config.json").image_positions)
-    known = [Progress(record["step"], tuple(record["place"])) for record in read_metrics(run) if record.get("place")]
-    before = max((progress for progress in known if progress.step < step), key=lambda one: one.step, default=Progress())
-    reader = WindowReader(order, MQWenProcessor.from_pretrained(model), position(before))
-    rows = settings.data.rows_per_step
-    return reader, (step - 1 - before.step) * rows, rows
+    start = position(Progress(step - 1, known.get(step - 1)))
+    return WindowReader(order, MQWenProcessor.from_pretrained(model), start), known[step]
 
 
 def position(progress: Progress) -> Position:
@@ -71,21 +73,15 @@ def run_training(settings: RunSettings) -> None:
     config, processor = starting_point(settings)
     cost = cost_of(outline(settings, config))
     order = order_of(settings, config.image_positions)
-    rows = settings.steps * settings.data.rows_per_step if settings.steps else ENDLESS
+    rows = settings.steps * settings.data.rows_per_step if settings.steps else UNBOUNDED_ROWS
     stream = Stream(order, processor, rows)
     for dataset in order.datasets:
         dataset.check_shards()
     held_out = _held_out(settings, config, processor)
-
-    def epochs(place: Place) -> float:
-        epoch, window, _ = place
-        return epoch + window / order.windows
-
     feed = Feed(
         split=lambda progress, workers: stream.split(position(progress), workers),
         rows=lambda part, progress: stream.read(part, position(progress), settings.data.max_bad),
         blank=stream.blank(),
-        epochs=epochs,
         held_out=held_out.share if held_out else None,
         imports=(Stream.__module__,),
         environment=LEASE,
@@ -107,4 +103,4 @@ def _held_out(settings: RunSettings, config: MQWenConfig, processor: MQWenProces
     small = replace(
         order_settings(settings, config.image_positions), seed=0, run_samples=HELD_OUT_SAMPLES, window_runs=1
     )
-    return HeldOut(Order([dataset], small), processor)
+    return HeldOut(Order([dataset], small), processor, settings.data.max_bad)

@@ -1,27 +1,36 @@
 """FAULTS.md: each line of its table is made, ingested and trained on, and ends as the table says."""
 
+import hashlib
 import io
 import json
 import re
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 import mqwen.data
 from mqwen.data.batch import Batch
 from mqwen.data.conversation import from_llava
+from mqwen.data.dataset import Dataset
 from mqwen.data.errors import SampleError
 from mqwen.data.filters import Filters
-from mqwen.data.manifest import read_index, read_manifest
+from mqwen.data.manifest import Manifest, Shard, Shards, read_index, read_manifest
+from mqwen.data.order import Place
 from mqwen.data.parts import Part, PartWriter
-from mqwen.data.sample import Sample, read_sample
+from mqwen.data.runs import Samples
+from mqwen.data.sample import Sample, read_sample, write_sample
 from mqwen.data.sources.files import read_picture
-from mqwen.data.sources.stored import WebDatasetSource
+from mqwen.data.sources.stored import ParquetSource, WebDatasetSource
 from mqwen.model import MQWenProcessor
 from mqwen.storage import Location, locate
 from tests.data.making import picture, random_sample, write_dataset
@@ -69,6 +78,16 @@ def stored_text(body: bytes) -> Sample:
         info.size = len(body)
         tar.addfile(info, io.BytesIO(body))
     return read_sample(buffer.getvalue())
+
+
+def parquet_file(folder: Path, column: pa.Array, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({name: column}), folder / "rows.parquet")
+
+
+def not_utf8() -> pa.Array:
+    """A column of strings that says of its bytes what they are not."""
+    return pa.Array.from_buffers(pa.string(), 1, pa.array([b"th\xffree"]).buffers())
 
 
 USER, ANSWER = {"role": "user", "content": "which"}, {"role": "assistant", "content": "three"}
@@ -130,7 +149,13 @@ def reasons(batches: list[Batch]) -> dict[str, str]:
 
 
 def test_every_line_is_tested() -> None:
-    assert rows().keys() == SAMPLES.keys() | {"truncated tar", "flipped byte", "invalid UTF-8"}
+    assert rows().keys() == SAMPLES.keys() | {
+        "truncated tar",
+        "flipped byte",
+        "invalid UTF-8",
+        "JSON that is none",
+        "field of another kind",
+    }
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -177,6 +202,23 @@ def test_a_truncated_tar(tmp_path: Path, processor: MQWenProcessor) -> None:
     assert found == {f"shard-000000/{one.key}": "kept" for one in GOOD[:-1]} | {"shard-000000.tar": at_ingest}
 
 
+def test_a_file_of_elsewhere_comes_once(tmp_path: Path, processor: MQWenProcessor) -> None:
+    """To be scanned and hashed."""
+    (tmp_path / "files").mkdir()
+    with tarfile.open(tmp_path / "files" / "a.tar", "w") as tar:
+        for sample in GOOD:
+            write_sample(tar, sample)
+    remote = fsspec.filesystem("dir", path=str(tmp_path / "files"))
+    opened, opener = list[str](), remote.open
+    remote.open = lambda path, *words, **named: opened.append(path) or opener(path, *words, **named)
+    files = Location(pafs.PyFileSystem(pafs.FSSpecHandler(remote)), "", "dir://files")
+    part = ingested(processor, tmp_path, WebDatasetSource(files), Filters(), in_place=True)
+    assert set(outcomes(part).values()) == {"kept"}
+    assert opened == ["/a.tar"]
+    data = (tmp_path / "files" / "a.tar").read_bytes()
+    assert (part.shards[0]["nbytes"], part.shards[0]["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+
+
 def test_a_flipped_byte(tmp_path: Path, processor: MQWenProcessor) -> None:
     at_ingest, in_training = rows()["flipped byte"]
     dataset = write_dataset(tmp_path, processor, GOOD)
@@ -201,3 +243,49 @@ def test_invalid_utf8(tmp_path: Path, processor: MQWenProcessor) -> None:
         re.sub(rb'(bad\.json.*?"content": "wh)i', lambda found: found[1] + b"\xff", file.read_bytes(), flags=re.DOTALL)
     )
     assert reasons(read_epoch(dataset, processor))["bad"] == in_training
+
+
+TURNS = [{"from": "human", "value": "which"}, {"from": "gpt", "value": "three"}]
+COLUMNS = [
+    ("txt", pa.array([b"th\xffree"]), "invalid UTF-8"),
+    ("text", not_utf8(), "invalid UTF-8"),
+    ("json", pa.array(["not json"]), "JSON that is none"),
+    ("json", pa.array([7]), "JSON that is none"),
+    ("messages", pa.array([[USER | {"said": datetime(2026, 1, 1)}, ANSWER]]), "field of another kind"),
+]
+
+
+@pytest.mark.parametrize(("name", "column", "line"), COLUMNS)
+def test_a_bad_row_of_a_parquet(
+    tmp_path: Path, processor: MQWenProcessor, name: str, column: pa.Array, line: str
+) -> None:
+    """Whether it is ingested anew or where it lies."""
+    parquet_file(tmp_path / "files", column, name)
+    for in_place in (True, False):
+        source = ParquetSource(locate(tmp_path / "files"))
+        part = ingested(processor, tmp_path / "made", source, Filters(), in_place)
+        assert list(outcomes(part).values()) == [rows()[line][0]]
+
+
+def test_json_as_a_struct_is_a_conversation(tmp_path: Path, processor: MQWenProcessor) -> None:
+    parquet_file(tmp_path / "files", pa.array([{"conversations": TURNS}]), "json")
+    part = ingested(processor, tmp_path, ParquetSource(locate(tmp_path / "files")), Filters(), in_place=True)
+    assert outcomes(part) == {"rows/0": "kept"}
+
+
+def test_json_that_is_none(tmp_path: Path, processor: MQWenProcessor) -> None:
+    """Of a tar, and of a Parquet whose column was another when it was ingested."""
+    at_ingest, in_training = rows()["JSON that is none"]
+    part = ingested(processor, tmp_path / "one", Given({"bad": lambda: stored_text(b"{")}), Filters())
+    assert outcomes(part) == {"bad": at_ingest}
+
+    parquet_file(tmp_path / "files", pa.array([json.dumps({"conversations": TURNS})]), "json")
+    source = ParquetSource(locate(tmp_path / "files"))
+    (row,) = ingested(processor, tmp_path, source, Filters(), in_place=True).rows.to_pylist()
+    parquet_file(tmp_path / "files", pa.array(["not json"]), "json")
+    shard = Shard("shard-000000", "rows.parquet", 1, row["tokens"], 0, 1, "", "")
+    place = Place(shard, 0, **{name: row[name] for name in ("key", "offset", "nbytes", "tokens", "images", "sha256")})
+    dataset = Dataset(locate(tmp_path), Manifest(Shards([asdict(shard)]), "", {}), locate(tmp_path / "files"))
+    found = Samples([dataset], [place]).read(place)
+    assert isinstance(found, SampleError)
+    assert found.reason == in_training

@@ -289,6 +289,27 @@ def test_an_ingest_that_was_stopped_goes_on(tmp_path: Path, processor: MQWenProc
     assert whole == again
 
 
+def test_another_source_does_not_go_on_with_an_ingest(tmp_path: Path, processor: MQWenProcessor) -> None:
+    """Though its chunks are called the same."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "a.tar").touch()
+        (folder / "a.jsonl").write_text("[{}]")
+    kinds: list[list[Any]] = [
+        [DigitsSource(4), DigitsSource(4, seed=1), DigitsSource(4, split="heldout")],
+        [WebDatasetSource(locate(one)), WebDatasetSource(locate(other)), WebDatasetSource(locate(one), "What?")],
+        [LlavaSource(locate(one / "a.jsonl"), locate(one)), LlavaSource(locate(one / "a.jsonl"), locate(other))],
+    ]
+    for number, (first, *others) in enumerate(kinds):
+        dataset = locate(tmp_path / f"data-{number}")
+        for _ in range(2):
+            Ingest.prepare(first, dataset, processor, IngestSettings())._begin()
+        for source in others:
+            with pytest.raises(DataError, match="holds another ingest that was stopped"):
+                Ingest.prepare(source, dataset, processor, IngestSettings())._begin()
+
+
 @pytest.mark.usefixtures("cluster")
 def test_what_was_mended_is_ingested_again(tmp_path: Path, processor: MQWenProcessor) -> None:
     records = pairs(4)

@@ -144,11 +144,23 @@ def test_tars(tars: Path) -> None:
     assert str(four).startswith("conversation: none of the fields 'cls' holds one")
     for name in source.chunks(1):
         data = (tars / name).read_bytes()
-        for key, sample, offset, nbytes in source.scan(name):
+        for key, sample, offset, nbytes in source.scan(tars / name):
             if isinstance(sample, Sample):
                 again = read_sample(data[offset : offset + nbytes], "What?")
                 assert again == sample
                 assert key == f"{name.removesuffix('.tar')}/{again.key}"
+
+
+def test_long_names_give_keys_of_their_own(tmp_path: Path) -> None:
+    """Though each tar's keys are made without a look at the others', and all begin alike."""
+    names = [f"{'a-long-name-' * 6}{n}" for n in range(2)]
+    for name in names:
+        with webdataset.TarWriter(str(tmp_path / f"{name}.tar")) as sink:
+            sink.write({"__key__": "0001", "txt": "A cat.", "png": picture(1)})
+    found = read(WebDatasetSource(locate(tmp_path)))
+    assert len(found) == 2
+    assert all(key.startswith("a-long-name-") and len(key) <= 64 for key in found)
+    assert found == read(WebDatasetSource(locate(tmp_path)))
 
 
 def test_names_longer_than_a_header(tmp_path: Path) -> None:
@@ -162,7 +174,7 @@ def test_names_longer_than_a_header(tmp_path: Path) -> None:
                     tar.addfile(info, io.BytesIO(content))
         source = WebDatasetSource(locate(tmp_path))
         data = (tmp_path / "long.tar").read_bytes()
-        scanned = list(source.scan("long.tar"))
+        scanned = list(source.scan(tmp_path / "long.tar"))
         assert [key for key, *_ in scanned] == ["long/" + "x" * 150, "long/" + "图" * 60]
         for _, sample, offset, nbytes in scanned:
             assert isinstance(sample, Sample)
@@ -193,10 +205,10 @@ def test_files_that_are_damaged_or_not_there(tars: Path, tmp_path: Path) -> None
     whole = (tars / "part-0.tar").read_bytes()
     for length in (0, 300, 700, 1100, 2300):
         (tars / "part-0.tar").write_bytes(whole[:length])
-        *_, (key, last, _, _) = WebDatasetSource(locate(tars)).scan("part-0.tar")
+        *_, (key, last, _, _) = WebDatasetSource(locate(tars)).scan(tars / "part-0.tar")
         assert key == "part-0.tar" and str(last).startswith("damaged file: part-0.tar cannot be read behind byte"), (
             length
         )
     (tars / "a.parquet").write_bytes(b"PAR1 no Parquet PAR1")
-    ((key, found, _, _),) = ParquetSource(locate(tars)).scan("a.parquet")
+    ((key, found, _, _),) = ParquetSource(locate(tars)).scan(tars / "a.parquet")
     assert key == "a.parquet" and str(found).startswith("damaged file: a.parquet cannot be read behind row 0")

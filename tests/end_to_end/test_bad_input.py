@@ -72,6 +72,7 @@ LINES: dict[str, tuple[list[str], list[str]]] = {
         ["jobs/export.py", "--run", "{tmp}/nowhere", "--to", "s3://nowhere/artifact"],
         ["error: s3://nowhere/artifact cannot be written: {moto} has no bucket 'nowhere'; make it, or name another"],
     ),
+    "a demo of one question": (["jobs/demo.py", "--asked", "1"], ["error: --asked is 1; at least 2 are needed"]),
     "demo over other files": (
         ["jobs/demo.py", "--out", "{tmp}/other"],
         ["error: --out {tmp}/other exists and is not an earlier demo's folder"],

@@ -141,6 +141,17 @@ def test_another_seed_prints_other_losses(submitted: str, place: Place) -> None:
 
 
 @pytest.mark.soak
+def test_what_would_come_again_ends_the_run_at_once(place: Place) -> None:
+    """Whatever `max_failures` is: it is not trained again up to there."""
+    more = ["--optimizer.learning-rate", 1e30, "--optimizer.warmup", 0, "--guard.most", 0]
+    code, output = place.cluster.shell.run(*place.options("diverged", *more))
+    assert code == 2
+    assert output.count("step 1/40") == output.count("is left out: its ") == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: training stopped, its checkpoints stay. DivergedError: 1 of the last ")
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
 def test_deepspeed_prints_the_same_losses(submitted: str, place: Place, strategy: str) -> None:
     found = losses(place.cluster.shell.done(*place.options(strategy, "--parallel.strategy", strategy)))
@@ -204,6 +215,30 @@ def test_no_room_is_said(place: Place) -> None:
     code, output = place.cluster.shell.run(*place.options("large", *more))
     assert code == 2
     assert "error: 2 workers with 64 CPU each were asked for; the cluster has " in output
+    assert "Traceback" not in output
+
+
+EVALUATION = """
+from mqwen import cli
+from mqwen.cluster import cluster
+from mqwen.evaluate import evaluation
+
+evaluation.WAIT = 0
+
+def main():
+    with cluster(1):
+        evaluation.Evaluation(None, None, [None] * 40, actors=evaluation.Actors(9, gpus=1)).run()
+
+cli.run(main)
+"""
+
+
+def test_no_room_for_an_evaluation_is_said(place: Place) -> None:
+    code, output = place.cluster.shell.run("-c", EVALUATION)
+    assert code == 2
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: 2 actors with 1 CPU, 1 GPU each were asked for; the cluster has ")
+    assert line.endswith("a small model can be evaluated without, with --actors.gpus 0")
     assert "Traceback" not in output
 
 

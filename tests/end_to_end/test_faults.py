@@ -133,7 +133,7 @@ def test_a_worker_that_hangs_ends_with_its_stacks_and_the_run_goes_on(
         stopped = workers_of(place)[-1]
         stopped.suspend()
         started = time.monotonic()
-        said = read_until(process, "has not ended a step for 20 s")
+        said = read_until(process, "has not ended a pass for 20 s")
         assert time.monotonic() - started < 40
         output = said + rest_of(process)
     assert re.search(r"resumed from \S+ with 3 workers", output)

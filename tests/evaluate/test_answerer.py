@@ -1,5 +1,7 @@
 """An actor's work, without Ray: answers, losses, and what is left out."""
 
+import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +12,20 @@ import torch
 
 from mqwen.data.encode import encode
 from mqwen.data.errors import DataError
-from mqwen.data.sample import Sample
+from mqwen.data.filters import Filters
+from mqwen.data.indexes import IndexWriter
+from mqwen.data.manifest import Manifest, Shards, write_manifest
+from mqwen.data.parts import PartWriter, write_part
+from mqwen.data.runs import Samples
+from mqwen.data.sample import Sample, write_sample
+from mqwen.data.sources.stored import WebDatasetSource
 from mqwen.errors import UserError
 from mqwen.evaluate.answerer import Answer, Answerer, Generation
 from mqwen.evaluate.evaluation import Actors, Evaluation, scores, write_report
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
 from mqwen.model.chat import encode_chat
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
+from mqwen.release.canary import Canary, draw
 from mqwen.storage import Location, locate
 from tests.data.making import picture, random_sample, write_dataset
 from tests.engine.tiny import build_artifact, generate_alone
@@ -42,16 +51,17 @@ def make(processor: MQWenProcessor, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def evaluate(artifact: Path, dataset: Location, generation: Generation = GENERATION) -> list[Answer]:
-    """One actor that is asked everything at once."""
+    """One actor that is asked everything at once; by key."""
     evaluation = Evaluation.prepare(locate(artifact), dataset, generation, Actors())
-    return Answerer(locate(artifact), evaluation.dataset, generation, gpu=False).answer(evaluation.places)
+    answerer = Answerer(locate(artifact), evaluation.dataset, generation, gpu=False)
+    return sorted(answerer.answer(evaluation.places), key=lambda answer: answer.key)
 
 
 def test_answers_are_the_models_own_and_losses_those_of_all_logits(
     artifact: Path, processor: MQWenProcessor, make: Callable[[list[Sample]], Location]
 ) -> None:
     answers = evaluate(artifact, make(SAMPLES[::-1]))
-    assert [answer.key for answer in answers] == [sample.key for sample in SAMPLES]  # by key
+    assert [answer.key for answer in answers] == [sample.key for sample in SAMPLES]
     model = MQWenLMHeadModel.from_pretrained(artifact).eval()
     clear = 0
     for sample, answer in zip(SAMPLES, answers, strict=True):
@@ -71,6 +81,55 @@ def test_answers_are_the_models_own_and_losses_those_of_all_logits(
     assert answers[0].question == next(
         part["text"] for part in SAMPLES[0].messages[-2]["content"][-1:] if isinstance(part, dict)
     )
+
+
+@pytest.fixture(scope="module")
+def in_place(processor: MQWenProcessor, tmp_path_factory: pytest.TempPathFactory) -> Location:
+    """Two tars of others, whose samples have the same keys, indexed where they lie."""
+    folder = tmp_path_factory.mktemp("in-place")
+    files, dataset = locate(folder / "files"), locate(folder / "data")
+    source, shards = WebDatasetSource(files), list[dict]()
+    writer = PartWriter(source, True, dataset, processor, Filters(), 100, 1 << 30)
+    (folder / "files").mkdir()
+    for number in range(2):
+        with tarfile.open(folder / "files" / f"{number}.tar", "w") as tar:
+            for n, sample in enumerate(SAMPLES[4 * number : 4 * number + 4]):
+                write_sample(tar, replace(sample, key=f"{n:03d}"))
+        part = writer._make(f"shard-{number:06d}", f"{number}.tar")
+        write_part(dataset, number, part)
+        shards += json.loads(IndexWriter(dataset)({"number": number, "dropped": bytes(part.rows.num_rows)})["shards"])
+    write_manifest(dataset, Manifest(Shards(shards), processor.tokenizer.fingerprint, {}, str(files)))
+    return dataset
+
+
+KEYS = [f"{number}/{n:03d}" for number in range(2) for n in range(4)]
+
+
+def test_answers_have_the_datasets_keys(artifact: Path, in_place: Location) -> None:
+    """Not those inside of its files, which other files have too; and equal questions are drawn for by them."""
+    answers = evaluate(artifact, in_place, replace(GENERATION, temperature=1.5))
+    assert [answer.key for answer in answers] == KEYS
+    assert not any(answer.error for answer in answers)
+
+
+def test_neighbours_are_one_read(artifact: Path, in_place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a drawn canary, whose samples lie far apart, each is one: all between would be read with them."""
+    read, ranges = Location.read_range, list[int]()
+    monkeypatch.setattr(Location, "read_range", lambda *given: ranges.append(given[2]) or read(*given))
+    evaluation = Evaluation.prepare(locate(artifact), in_place, GENERATION, Actors())
+    Samples([evaluation.dataset], evaluation.places)
+    sizes = [place.nbytes for place in evaluation.places]
+    assert ranges == [sum(sizes[:4]), sum(sizes[4:])]
+    ranges.clear()
+    draw(Canary(questions=8), evaluation.dataset, evaluation.places)
+    assert sorted(ranges) == sorted(sizes)
+
+
+def test_a_canary_has_the_datasets_keys_too(artifact: Path, in_place: Location) -> None:
+    evaluation = Evaluation.prepare(locate(artifact), in_place, GENERATION, Actors())
+    drawn = draw(Canary(questions=6), evaluation.dataset, evaluation.places)
+    assert len({sample.key for sample in drawn}) == 6
+    assert {sample.key for sample in drawn} < set(KEYS)
 
 
 def test_sampling_is_seeded_by_sample(artifact: Path, make: Callable[[list[Sample]], Location]) -> None:

@@ -12,12 +12,12 @@ from mqwen.evaluate.evaluation import Actors, Evaluation
 from mqwen.model import MQWenProcessor
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
 from mqwen.storage import Location, locate
-from mqwen.train import checkpoint
 from mqwen.train.build import starting_point
 from mqwen.train.export import export
 from mqwen.train.loop import Progress
 from mqwen.train.recipes import demo
 from mqwen.train.run import open_run
+from mqwen.train.saver import Saver
 from mqwen.train.settings import RunSettings
 from tests.data.making import random_sample, write_dataset
 from tests.train.conftest import in_group
@@ -32,15 +32,17 @@ def make_run(folder: Path) -> Location:
     (folder / "tokenizer").mkdir()
     train_vocabulary(vocabulary_texts(), 400, folder / "tokenizer" / VOCABULARY_FILE)
     settings = replace(demo(), name="first", runs=str(folder / "runs"), tokenizer=str(folder / "tokenizer"))
-    run = open_run(settings, *starting_point(settings))
-    in_group(0, 1, folder / "meeting", commit_two, (run, settings))
+    with open_run(settings, *starting_point(settings)) as run:
+        in_group(0, 1, folder / "meeting", commit_two, (run, settings))
     return run
 
 
 def commit_two(rank: int, workers: int, run: Location, settings: RunSettings) -> None:
+    saver = Saver(run, settings)
     for step in (1, 2):
         strategy = fresh_strategy(replace(settings, seed=step))
-        checkpoint.save(run, strategy.state(), Progress(step, (0, 0, step)), settings)
+        saver.save(strategy.state(), Progress(step, (0, 0, step)))
+        saver.wait()
 
 
 def make_all(folder: Path) -> tuple[list[Sample], list[str]]:

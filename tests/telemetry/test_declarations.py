@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from mqwen.telemetry.catalogue import AREAS, METRICS, table
-from mqwen.telemetry.metric import Counter, Gauge, Histogram, Metric
+from mqwen.telemetry.metric import Counter, Gauge, Histogram, Metric, _Keeper
 from tests.test_structure import imports
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,24 @@ def test_each_metric_is_emitted() -> None:
         emitted[area].add(getattr(area, name).name)
     for area in AREAS:
         assert emitted[area] == {metric.name for metric in METRICS[area]}
+
+
+class Told:
+    """In the place of Ray's gauge, which would need a cluster."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def set(self, value: float, labels: dict[str, str]) -> None:
+        self.values.append(value)
+
+
+def test_a_gauge_that_cannot_be_told_does_not_end_the_others() -> None:
+    keeper, first, second = _Keeper(), Told(), Told()
+    keeper._gauges = {(first, frozenset()): lambda: 1 / 0, (second, frozenset()): lambda: 2.0}
+    keeper.set_all()
+    keeper.set_all()
+    assert (first.values, second.values) == ([], [2.0, 2.0])
 
 
 def test_nothing_else_emits() -> None:

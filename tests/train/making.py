@@ -85,7 +85,7 @@ def held_out_rows(settings: RunSettings) -> HeldOut:
     """Six windows of eight samples or fewer."""
     small = replace(order_of(settings).settings, run_samples=8, window_runs=1)
     dataset = open_dataset(locate(settings.evaluation.dataset))
-    return HeldOut(Order([dataset], small), starting_point(settings)[1])
+    return HeldOut(Order([dataset], small), starting_point(settings)[1], settings.data.max_bad)
 
 
 def row_cost(settings: RunSettings) -> Cost:
@@ -116,13 +116,15 @@ def train_ranks(
     on_checkpoint: Callable[[Progress], None],
     end: int | None = None,
     on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[list[StepRecord], Progress]:
     """Trains this rank on its share of the rows behind `progress`, of which there are `end`."""
     records: list[StepRecord] = []
     rows = itertools.islice(rows_from(settings, progress), rank, end, workers)
     held_out = HeldOutRows(held_out_rows(settings).share, rank, workers) if settings.evaluation.dataset else ()
     data = Data(rows, blank_row(settings), held_out, row_cost(settings).of)
-    last = train(settings, strategy, data, progress, Watch(records.append, on_checkpoint, on_evaluation))
+    watch = Watch(records.append, on_checkpoint, on_evaluation, alive=alive)
+    last = train(settings, strategy, data, progress, watch)
     return records, last
 
 

@@ -18,9 +18,11 @@ from torch.distributed.tensor import DTensor
 from mqwen.storage import Location, locate
 from mqwen.train import checkpoint
 from mqwen.train.checkpoint import COMMIT, CheckpointError
+from mqwen.train.export import find_checkpoint
 from mqwen.train.loop import Progress
 from mqwen.train.saver import Saver
 from mqwen.train.settings import CheckpointSettings, RunSettings
+from mqwen.train.status import run_statuses
 from mqwen.train.strategy import Strategy
 from tests.train.conftest import Ranks
 from tests.train.making import fresh_model, fresh_strategy, other_seed, tiny_settings, train_ranks
@@ -241,6 +243,24 @@ def test_the_oldest_are_removed_but_for_the_best(ranks: Ranks, settings: RunSett
     assert kept(best) == ["step-00000002", "step-00000011", "step-00000012"]
 
 
+def test_a_damaged_old_checkpoint_spoils_no_other(ranks: Ranks, settings: RunSettings) -> None:
+    """What is kept, exported or listed beside it."""
+    settings = replace(settings, checkpoint=CheckpointSettings(keep=2, keep_best=1))
+    ranks.run(1, save_each_step, settings, {1: 1.0, 2: 2.0})
+    run = run_of(settings)
+    cut(part(Path((checkpoint.folder(run) / "step-00000001").path)))
+    ranks.run(1, save_each_step, settings, {3: 3.0, 4: 4.0, 5: 5.0})
+    assert kept(settings) == ["step-00000002", "step-00000004", "step-00000005"]
+    cut(part(Path((checkpoint.folder(run) / "step-00000002").path)))
+    assert find_checkpoint(run, 4).name == "step-00000004"
+    cut(newest(run) / COMMIT)
+    (Path(run.path) / "settings.json").write_text('{"steps": 9}')
+    (found,) = run_statuses(locate(settings.runs), [])
+    assert (found.step, found.checkpoints, found.loss) == (5, [2, 4, 5], None)
+    shutil.rmtree(newest(run))
+    assert run_statuses(locate(settings.runs), [])[0].loss == 4.0
+
+
 def test_a_deletion_that_breaks_leaves_no_half_checkpoint(ranks: Ranks, settings: RunSettings) -> None:
     settings = replace(settings, checkpoint=CheckpointSettings(keep=1))
     (printed,) = ranks.run(1, save_each_step, settings, {1: 1.0, 2: 1.0}, True)
@@ -286,3 +306,13 @@ def test_a_step_is_written_again_over_a_half_or_damaged_one(ranks: Ranks, settin
     assert checkpoint.read_commit(locate(newest(run))).files.keys() == set(locate(newest(run)).names()) - {COMMIT}
     ((_, progress, _, _),) = ranks.run(1, resume, settings)
     assert progress.step == 2
+
+
+def test_progress_of_an_earlier_version_is_read(run: Location) -> None:
+    """It said nothing of the epochs that are over."""
+    file = newest(run) / COMMIT
+    raw = json.loads(file.read_text())
+    assert 0 < raw["progress"].pop("epochs") < 10
+    raw["progress"]["place"][0] = 3
+    file.write_text(json.dumps(raw))
+    assert checkpoint.read_commit(locate(newest(run))).progress.epochs == 3

@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from multiprocessing import get_context
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -23,6 +25,7 @@ from mqwen.train.cost import Cost, cost_of
 from mqwen.train.estimate import Load, PlannedRow, estimate, planned_row
 from mqwen.train.hardware import ceiling, peak_memory
 from mqwen.train.loop import LOSS_ONLY, Progress
+from mqwen.train.recipes import recipe
 from mqwen.train.settings import DataSettings, LoraSettings, ModelSettings, ParallelSettings, RunSettings, SettingsError
 from mqwen.train.strategy import make_strategy
 from tests.end_to_end.commands import ROOT
@@ -187,6 +190,52 @@ def run_plan(*words: str) -> tuple[int, str]:
     command = [sys.executable, ROOT / "jobs" / "plan.py", *words]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "platform")})
     return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def plan() -> ModuleType:
+    spec = spec_from_file_location("plan", ROOT / "jobs" / "plan.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    sys.modules["plan"] = module  # where its dataclasses look for their types
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_sizes_are_those_of_the_recipe_whatever_the_run_is_called(plan: ModuleType) -> None:
+    named = replace(recipe("sft-full-7b"), name="first")
+    assert plan.sizes("sft-full-7b", named).hidden_size == 4096
+    assert plan.sizes("sft-full", replace(named, name="mine-7b")).hidden_size == 2048
+    smaller = replace(named, model=replace(named.model, config={"num_hidden_layers": 2}))
+    assert plan.sizes("sft-full-7b", smaller).num_hidden_layers == 2
+    assert plan.sizes("sft-full-7b", smaller).hidden_size == 4096
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "0"], "--gpus is 0; 1 to"),
+        (["--conversations", "0"], "--conversations is 0; 1 to"),
+        (["--pictures", "-1"], "--pictures is -1; 0 to"),
+        (["--reached", "0"], "--reached is 0.0; 0.001 to 1"),
+        (["--labelled", "nan"], "--labelled is nan; 0 to 1"),
+        (["--data.rows-per-step", "0"], "--data.rows-per-step is 0; at least 1"),
+    ],
+)
+def test_plans_that_cannot_be_made(
+    plan: ModuleType, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--recipe", "demo", *words])
+    with pytest.raises(SettingsError, match=said):
+        plan.main()
+
+
+def test_a_plan_needs_no_dataset(
+    plan: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--recipe", "demo", "--conversations", "2", "--pictures", "2"])
+    plan.main()
+    assert "demo on 1 H200, each" in capsys.readouterr().out
 
 
 @pytest.mark.soak

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
-from typing import Any
+from typing import Any, cast
 
+import pytest
 import torch
 
+from mqwen.model import MQWenConfig
 from mqwen.storage import locate
+from mqwen.train import worker
 from mqwen.train.guard import FEWEST, FOLDER, DivergedError, Guard
 from mqwen.train.loop import Data, Progress, StepRecord, Watch, train
 from mqwen.train.settings import GuardSettings, RunSettings
@@ -59,6 +62,24 @@ def train_guarded(
             Watch(on_step, lambda progress: None, accepts=guard.accepts),
         )
     return records, states, printed.getvalue(), keys
+
+
+def test_after_an_error_that_would_come_again_workers_have_nothing_to_do(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, trained = run_of(settings), list[str]()
+
+    def diverges(task: Any) -> None:
+        trained.append("once")
+        raise DivergedError("too many steps were left out")
+
+    monkeypatch.setattr(worker, "_train", diverges)
+    task = worker.Task(settings, run, MQWenConfig(), None, cast(Any, None), cast(Any, None), 0.0, 0.0)
+    with pytest.raises(DivergedError):
+        worker.work({"task": task})
+    worker.work({"task": task})
+    assert trained == ["once"]
+    assert (run / worker.ENDED).read_bytes() == b"DivergedError: too many steps were left out"
 
 
 def test_a_gradient_that_is_no_number_changes_nothing(ranks: Ranks, settings: RunSettings) -> None:

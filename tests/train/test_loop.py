@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -11,9 +13,13 @@ import torch
 from torch import nn
 
 from mqwen.data.batch import Batch
+from mqwen.data.errors import DataError
+from mqwen.data.sample import Sample
+from mqwen.train.build import starting_point
 from mqwen.train.loop import Evaluation, Progress, StepRecord
 from mqwen.train.optimizer import rate_factor
-from mqwen.train.settings import EvaluationSettings, OptimizerSettings, RunSettings
+from mqwen.train.settings import EvaluationSettings, OptimizerSettings, RunSettings, SettingsError
+from tests.data.making import random_sample, write_dataset
 from tests.train.conftest import Ranks
 from tests.train.making import fresh_model, fresh_strategy, held_out_rows, rows_from, train_ranks
 
@@ -82,8 +88,10 @@ def test_any_number_of_workers_computes_the_plain_loop(ranks: Ranks, settings: R
             assert record.images == sum(len(row.inputs["pixel_values"]) for row in mine)
             assert record.positions == sum(row.positions for row in mine)
         tokens, seconds = ([0, *accumulate(getattr(r, name) for r in records)] for name in ("tokens", "seconds"))
-        places = [(2, rows[9].place), (4, rows[19].place), (5, rows[20].place)]
-        assert saved == [Progress(step, place, tokens[step], seconds[step]) for step, place in places]
+        ends = [(2, rows[9]), (4, rows[19]), (5, rows[20])]
+        assert saved == [
+            Progress(step, row.place, tokens[step], seconds[step], epochs=row.epochs) for step, row in ends
+        ]
         assert last == saved[-1]
 
 
@@ -157,6 +165,21 @@ def test_a_budget_of_epochs(ranks: Ranks, settings: RunSettings, workers: int) -
         assert sum(record.tokens for record in records) == sum(row.supervised for row in rows)
         assert len(records) == len(rows) // 4 + 1
         assert last.place == rows[-1].place
+        assert last.epochs == 2
+
+
+def test_the_rate_falls_with_the_rows_of_an_epoch(ranks: Ranks, settings: RunSettings) -> None:
+    """A whole step of it at a time, not a window: the first steps lie in one."""
+    rows = list(itertools.takewhile(lambda row: row.place[0] < 1, rows_from(settings, Progress())))
+    in_window = Counter(row.place[1] for row in rows)
+    spent = [(window + (n + 1) / in_window[window]) / len(in_window) for _, window, n in (row.place for row in rows)]
+    assert [row.epochs for row in rows] == pytest.approx(spent)
+    optimizer = OptimizerSettings(learning_rate=1e-2, schedule="linear", warmup=0.0)
+    settings = replace(without_end(settings, epochs=1), data=replace(settings.data, rows_per_step=2))
+    for records, _ in ranks.run(2, run_many, replace(settings, optimizer=optimizer)):
+        left = [1.0, *(1 - spent[at] for at in range(1, len(rows) - 1, 2))]
+        assert [record.learning_rate for record in records] == pytest.approx([1e-2 * share for share in left])
+        assert records[1].learning_rate > records[2].learning_rate > 0
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -178,6 +201,24 @@ def evaluate_rank(
     return found, len(records), last, saved
 
 
+def passes_of_rank(rank: int, workers: int, settings: RunSettings) -> int:
+    """How often the loop says that it goes on."""
+    passes = itertools.count()
+    strategy = fresh_strategy(settings)
+    train_ranks(
+        settings, strategy, Progress(), rank, workers, lambda progress: None, alive=lambda: next(passes) and None
+    )
+    return next(passes)
+
+
+def test_each_pass_of_an_evaluation_shows_that_the_rank_goes_on(ranks: Ranks, settings: RunSettings) -> None:
+    """Else one that takes longer than a hang may would be taken for one."""
+    settings = replace(settings, steps=1, evaluation=EvaluationSettings(settings.data.dataset))
+    held_out = max(len(list(held_out_rows(settings).share(rank, 2))) for rank in range(2))
+    assert held_out > 1
+    assert ranks.run(2, passes_of_rank, settings) == [3 + held_out] * 2  # of five rows a rank has three at most
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_held_out_loss_is_that_of_a_plain_loop(ranks: Ranks, settings: RunSettings, workers: int) -> None:
     """Before anything is learned: at a rate of 0."""
@@ -197,6 +238,30 @@ def test_the_held_out_loss_is_that_of_a_plain_loop(ranks: Ranks, settings: RunSe
         assert [one.loss for one in found] == pytest.approx([total / tokens] * 2, rel=1e-5)
         assert last.best == min(one.loss for one in found)
         assert [one.worse for one in saved] == [0, 0, 1]
+
+
+def evaluate_on(rank: int, workers: int, settings: RunSettings, kinds: tuple[type[Exception], ...]) -> str:
+    """What an evaluation is ended with."""
+    with pytest.raises(kinds) as raised:
+        evaluate_rank(rank, workers, settings, Progress())
+    return str(raised.value)
+
+
+def test_held_out_samples_that_cannot_be_used_are_counted(
+    ranks: Ranks, settings: RunSettings, tokenizer: Path, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "which " * 400}, {"role": "assistant", "content": "three"}]
+    long = [Sample(f"long-{n}", turns) for n in range(3)]
+    processor = starting_point(settings)[1]
+    for name, samples in (("some", [*map(random_sample, range(20)), *long]), ("all", long[:1])):
+        write_dataset(tmp_path / name, processor, samples)
+    some, none = (
+        replace(settings, steps=1, evaluation=EvaluationSettings(str(tmp_path / name))) for name in ("some", "all")
+    )
+    (said,) = ranks.run(1, evaluate_on, some, (DataError,))
+    assert re.match(r"[23] of \d+ samples of some could .*, --data.max-bad allows 0.1%: long-\d: too long", said)
+    (said,) = ranks.run(1, evaluate_on, none, (SettingsError,))
+    assert said.startswith(f"--evaluation.dataset {tmp_path}/all has no answer that could be used")
 
 
 def test_patience_ends_a_run_that_no_longer_learns(ranks: Ranks, settings: RunSettings) -> None:

@@ -100,6 +100,15 @@ def test_the_files_are_those_since_the_last(metrics: Metrics) -> None:
     assert metrics.take().keys() == {"metrics/step-00000003.jsonl", "tensorboard/events.out.tfevents.step-00000003"}
 
 
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "profile").write_text("a file where the folder should be")
+    profiler = StepProfiler(locate(tmp_path), (1,), done=0)
+    profiler.step()
+    assert f"warning: a trace is lost: {tmp_path}/profile/step-00000001.trace.json.gz" in capsys.readouterr().out
+
+
 def test_chosen_steps_are_traced(tmp_path: Path) -> None:
     """Steps 3, 5 and 6 of a run that goes on after its second."""
     profiler = StepProfiler(locate(tmp_path), (3, 5, 6), done=2)

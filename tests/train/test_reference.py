@@ -34,6 +34,7 @@ def rows() -> Iterator[Batch]:
             images=1,
             place=(0, 0, place),
             start=(0, 0, 0),
+            epochs=0.0,
             keys=[],
             quarantined={},
         )

@@ -1,17 +1,20 @@
 """A run's folder: begun, continued, refused; and its metrics."""
 
 import json
+import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mqwen.model import MQWenConfig, MQWenProcessor
-from mqwen.storage import locate
+from mqwen.storage import Location, locate
 from mqwen.train.build import starting_point
 from mqwen.train.records import read_metrics
-from mqwen.train.report import write_report
+from mqwen.train.report import moving_mean, write_report
 from mqwen.train.run import TrainingError, open_run
 from mqwen.train.settings import CheckpointSettings, ParallelSettings, RunSettings, SettingsError
 
@@ -85,6 +88,37 @@ def test_of_a_step_trained_twice_the_later_record_counts(tmp_path: Path) -> None
         assert f"<tr><td>{what}<td>{value}" in page
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
+
+
+def test_for_the_last_records_the_newest_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics").mkdir()
+    for first in (1, 5, 9, 11):
+        lines = [json.dumps({"step": step, "loss": first}) + "\n" for step in range(first, first + 4)]
+        (tmp_path / "metrics" / f"step-{first:08d}.jsonl").write_text("".join(lines))
+    read, asked = Location.read_bytes, list[str]()
+    monkeypatch.setattr(Location, "read_bytes", lambda place: asked.append(str(int(place.name[5:13]))) or read(place))
+
+    def found(**wanted: int) -> tuple[list[int], list[str]]:
+        asked.clear()
+        return [record["step"] for record in read_metrics(locate(tmp_path), **wanted)], list(asked)
+
+    assert found(upto=8, last=3) == ([6, 7, 8], ["11", "9", "5"])
+    assert found(last=2) == ([13, 14], ["11"])
+    assert found(upto=12, last=9) == (list(range(4, 13)), ["11", "9", "5", "1"])
+    assert [record["loss"] for record in read_metrics(locate(tmp_path), upto=12, last=3)] == [9, 11, 11]
+
+
+def test_a_curve_has_the_means_of_the_last_steps() -> None:
+    """One step without a number spoils none of them. At 20,000 steps no window is kept."""
+    values = [3.0, math.nan, 5.0, 1.0, math.inf, math.inf, math.inf, 2.0]
+    expected = [3.0, 3.0, 4.0, 3.0, 3.0, 1.0, math.nan, 2.0]
+    assert moving_mean(values, 3).tolist() == pytest.approx(expected, nan_ok=True)
+    many = np.random.default_rng(0).random(20_000)
+    tracemalloc.start()
+    found = moving_mean(many, 401)
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+    assert found[-1] == pytest.approx(many[-401:].mean())
 
 
 def test_out_of_memory_names_what_to_change() -> None:

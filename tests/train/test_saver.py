@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mqwen.storage import locate
-from mqwen.train import checkpoint
+from mqwen.storage import Location, locate
+from mqwen.train import checkpoint, saver
 from mqwen.train.checkpoint import CheckpointError
 from mqwen.train.loop import Progress
 from mqwen.train.saver import Saver
@@ -135,6 +135,26 @@ def test_storage_that_stays_away_ends_the_run_on_every_rank(ranks: Ranks, on_s3:
         assert "a checkpoint could not be written: s3://bucket/" in said
         assert "tried for --checkpoint.patience 1 seconds" in said
         assert begun < 5
+
+
+def save_in_folders_of_their_own(rank: int, workers: int, settings: RunSettings) -> str:
+    """Each rank's folder is another one under the same name, as on nodes that share none."""
+    strategy, here = fresh_strategy(settings), Path(settings.runs) / f"node-{rank}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saver, "SEEN", 0.0)
+        patch.setattr(saver, "step_folder", lambda run, step: Location(run.filesystem, f"{here}/{step}", f"/{step}"))
+        mine = Saver(locate(settings.runs) / settings.name, settings)
+        mine.save(strategy.state(), Progress(3, (0, 0, 4)))
+        with pytest.raises(CheckpointError) as raised:
+            mine.wait()
+    assert rank or not (here / "3" / checkpoint.COMMIT).exists()
+    return str(raised.value)
+
+
+def test_without_a_shared_folder_nothing_is_committed(ranks: Ranks, settings: RunSettings) -> None:
+    for said in ranks.run(2, save_in_folders_of_their_own, settings):
+        assert "/3/__1_0.distcp is not there, or not whole" in said
+        assert "--runs must be a folder that all nodes share, or s3://" in said
 
 
 def save_until_killed(folder: Path, settings: RunSettings, begun: Connection) -> None:

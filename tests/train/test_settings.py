@@ -1,6 +1,7 @@
 """What can be wrong with settings, and what they mean for weights and learning rates."""
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import nn
 from mqwen.errors import UserError
 from mqwen.model import MQWenConfig
 from mqwen.train.build import build_model, outline, starting_point
+from mqwen.train.command_line import read_settings
 from mqwen.train.optimizer import freeze, parameter_groups, rate_factor
 from mqwen.train.recipes import QWEN_7B, RECIPES, recipe
 from mqwen.train.settings import LoraSettings, ModelSettings, OptimizerSettings, RunSettings, SettingsError
@@ -24,6 +26,17 @@ from tests.train.making import fresh_model
         ({"log_every": 0}, "--log-every is 0; at least 1"),
         ({"data": {"rows_per_step": 0}}, "--data.rows-per-step is 0; at least 1"),
         ({"data": {"packs_per_row": -1}}, "--data.packs-per-row is -1; at least 1"),
+        ({"data": {"window_runs": 0}}, "--data.window-runs is 0; at least 1"),
+        ({"data": {"run_samples": 0}}, "--data.run-samples is 0; at least 1"),
+        ({"data": {"max_bad": math.nan}}, "--data.max-bad is nan; at least 0"),
+        ({"optimizer": {"learning_rate": -1e-3}}, "--optimizer.learning-rate is -0.001; at least 0"),
+        ({"optimizer": {"learning_rate": math.nan}}, "--optimizer.learning-rate is nan; at least 0"),
+        ({"optimizer": {"learning_rates": {"visual.*": -1.0}}}, "--optimizer.learning-rates visual.* is -1.0"),
+        ({"optimizer": {"weight_decay": -0.1}}, "--optimizer.weight-decay is -0.1; at least 0"),
+        ({"optimizer": {"betas": (0.9, 1.0)}}, "--optimizer.betas are (0.9, 1.0); from 0 to below 1"),
+        ({"optimizer": {"clip": math.nan}}, "--optimizer.clip is nan; above 0 is needed"),
+        ({"minutes": math.nan}, "--minutes is nan; above 0 is needed"),
+        ({"parallel": {"wait_for_resources": math.nan}}, "--parallel.wait-for-resources is nan; at least 0"),
         ({"data": {"dataset": ""}}, "--data.dataset is missing"),
         ({"data": {"mixture": {"a": 1.0}}}, "--data.dataset does not go with --data.mixture"),
         ({"data": {"dataset": "", "mixture": {"a": 0.0}}}, "--data.mixture gives a the weight 0.0; more than 0"),
@@ -70,6 +83,22 @@ def test_settings_that_cannot_work(settings: RunSettings, change: dict[str, Any]
     with pytest.raises(SettingsError) as raised:
         settings.check()
     assert message in str(raised.value)
+
+
+def test_help_shows_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a recipe, too, which all else needs."""
+    for words, rate in ((["--help"], "0.001"), (["-h", "--recipe", "sft-full"], "1e-05")):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            read_settings("Train.")
+        assert ended.value.code == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert all(f"--{option}" in shown for option in ("recipe", "data.dataset", "optimizer.learning-rate", "steps"))
+        assert f"(default: {rate})" in shown
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--steps", "3"])
+    with pytest.raises(SystemExit):
+        read_settings("Train.")
+    assert "the following arguments are required: --recipe" in capsys.readouterr().err
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:

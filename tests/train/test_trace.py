@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mqwen.data.batch import Batch
 from mqwen.data.trace import trace
 from mqwen.storage import Location, locate
 from mqwen.train.build import starting_point
@@ -22,42 +23,46 @@ from tests.train.making import rows_from
 ROOT = Path(__file__).parents[2]
 
 
+STEPS = 40
+
+
 @pytest.fixture
-def run(settings: RunSettings) -> Iterator[Location]:
-    with open_run(replace(settings, steps=40), *starting_point(settings)) as run:
+def steps(settings: RunSettings) -> list[list[Batch]]:
+    """Of each step the rows. The last one is short, as at the end of a budget of epochs."""
+    per_step = settings.data.rows_per_step
+    rows = list(itertools.islice(rows_from(settings, Progress()), STEPS * per_step - 3))
+    return [rows[at : at + per_step] for at in range(0, len(rows), per_step)]
+
+
+@pytest.fixture
+def run(settings: RunSettings, steps: list[list[Batch]]) -> Iterator[Location]:
+    """One that has told of its steps in files of seven."""
+    with open_run(replace(settings, steps=2 * STEPS), *starting_point(settings)) as run:
+        for first in range(0, STEPS, 7):
+            records = [{"step": first + n + 1, "place": rows[-1].place} for n, rows in enumerate(steps[first:][:7])]
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (run / "metrics" / f"step-{first + 1:08d}.jsonl").write_bytes(lines.encode())
         yield run
 
 
-def test_a_step_is_traced_from_the_start_or_from_a_position(settings: RunSettings, run: Location) -> None:
-    per_step = settings.data.rows_per_step
-    rows = list(itertools.islice(rows_from(settings, Progress()), 40 * per_step))
-    steps = [rows[at : at + per_step] for at in range(0, len(rows), per_step)]
-    for known in (None, 7, 30):
-        if known:
-            record = {"step": known, "place": steps[known - 1][-1].place}
-            (run / "metrics" / f"step-{known:08d}.jsonl").write_bytes(json.dumps(record).encode())
-        for step in (1, 7, 8, 12, 31, 40):
-            reader, skipped, count = reader_of(run, step)
-            assert (reader.start != type(reader.start)()) == (known is not None and step > 7)
-            found = list(trace(reader, skipped, count))
-            trained = steps[step - 1]
-            assert [one.key for one in found if not one.reason] == [key for row in trained for key in row.keys]
-            left_out = {one.key: one.reason.partition(":")[0] for one in found if one.reason}
-            told = {key: why.partition(":")[0] for row in trained for key, why in row.quarantined.items()}
-            assert left_out == told
-            assert {one.place for one in found} <= {row.place for row in trained}
-            good = [one for one in found if not one.reason]
-            assert sum(one.images for one in good) == sum(row.images for row in trained)
-            assert all(one.source == f"made/{int(one.key[-4:])}" for one in good)
-            segments = sum(int((row.inputs["segment_ids"] > 0).sum()) for row in trained)
-            assert sum(one.tokens for one in good) == segments - sum(one.pack >= 0 for one in found if one.reason)
+@pytest.mark.parametrize("step", [1, 7, 8, 12, STEPS])
+def test_a_step_is_traced(steps: list[list[Batch]], run: Location, step: int) -> None:
+    found, trained = list(trace(*reader_of(run, step))), steps[step - 1]
+    assert [one.key for one in found if not one.reason] == [key for row in trained for key in row.keys]
+    told = {key: why for row in trained for key, why in row.quarantined.items()}
+    assert {one.key: one.reason for one in found if one.reason} == told
+    assert {one.place for one in found} <= {row.place for row in trained}
+    good = [one for one in found if not one.reason]
+    assert sum(one.images for one in good) == sum(row.images for row in trained)
+    assert all(one.source == f"made/{int(one.key[-4:])}" for one in good)
+    segments = sum(int((row.inputs["segment_ids"] > 0).sum()) for row in trained)
+    assert sum(one.tokens for one in good) == segments - sum(one.pack >= 0 for one in found if one.reason)
 
 
-@pytest.mark.parametrize(
-    ("step", "message"), [(0, "step 0 is none of .*, whose steps are 1 to 40"), (41, "step 41 is none of")]
-)
-def test_steps_that_are_none(run: Location, step: int, message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+@pytest.mark.parametrize("step", [0, STEPS + 1])
+def test_steps_that_are_none(run: Location, step: int) -> None:
+    """A step that was planned and not trained is none."""
+    with pytest.raises(SettingsError, match=f"step {step} is none of .*, whose metrics tell of the steps 1 to {STEPS}"):
         reader_of(run, step)
 
 

@@ -40,5 +40,5 @@ def test_who_stands_still_says_where_and_ends(tmp_path: Path) -> None:
     first, said = found.stdout.splitlines()
     assert first == "stalls"
     assert said.startswith(
-        f"rank 3 has not ended a step for 1 s (--parallel.hang-timeout): what it was doing is in {file}"
+        f"rank 3 has not ended a pass for 1 s (--parallel.hang-timeout): what it was doing is in {file}"
     )

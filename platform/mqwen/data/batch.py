@@ -17,7 +17,8 @@ import torch
 class Batch:
     """`inputs`: input_ids, labels, segment_ids (P, T) int64 and pixel_values (I, 3, H, W) uint8.
 
-    `start` is where the stream that it came through began. `quarantined` maps the keys of samples that could not be
+    `start` is where the stream that it came through began, `epochs` how many of them are over with this row.
+    `quarantined` maps the keys of samples that could not be
     read, and are masked where they stand, to the reason; `keys` are all the others.
     """
 
@@ -27,6 +28,7 @@ class Batch:
     images: int
     place: tuple[int, int, int]
     start: tuple[int, int, int]
+    epochs: float
     keys: list[str]
     quarantined: dict[str, str]
 
@@ -47,6 +49,7 @@ def unpack(table: pa.Table, packs: int, side: int) -> Batch:
         images=columns["images"],
         place=tuple(columns["place"]),
         start=tuple(columns["start"]),
+        epochs=columns["epochs"],
         keys=columns["keys"],
         quarantined=json.loads(columns["quarantined"]),
     )

@@ -11,11 +11,13 @@ from mqwen.model.chat import EncodedChat, encode_chat
 from mqwen.model.errors import ConversationError, PictureError
 
 
-def encode(processor: MQWenProcessor, sample: Sample) -> tuple[EncodedChat, list[np.ndarray]]:
+def encode(processor: MQWenProcessor, sample: Sample | SampleError) -> tuple[EncodedChat, list[np.ndarray]]:
     """Ids and labels with one placeholder a picture, and the pictures as uint8 (3, image_size, image_size).
 
-    Raises SampleError for reason "conversation", "picture" or "picture count".
+    Raises SampleError: what reading the sample gave, or for reason "conversation", "picture" or "picture count".
     """
+    if isinstance(sample, SampleError):
+        raise sample
     try:
         chat = encode_chat(processor.tokenizer, sample.messages)
         pictures = [processor.pixels(picture, fast=True) for picture in sample.pictures]

@@ -1,6 +1,6 @@
 """What can be wrong with data, each as an error of its own."""
 
-from mqwen.errors import UserError
+from mqwen.errors import LastingError, UserError
 
 
 class DataError(UserError):
@@ -9,6 +9,10 @@ class DataError(UserError):
 
 class EmptyDatasetError(DataError):
     """Nothing to read was left."""
+
+
+class TooManyBadError(DataError, LastingError):
+    """More samples than `data.max_bad` allows could not be used; the message lists them."""
 
 
 class SampleError(DataError):

@@ -151,6 +151,8 @@ class Ingest:
         settings = asdict(self.settings)
         del settings["max_rejected"], settings["deduplicate"]  # no part depends on them
         what = [
+            type(self.source).__name__,
+            {name: str(value) for name, value in vars(self.source).items()},
             self.chunks,
             settings,
             str(self._files),

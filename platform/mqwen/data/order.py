@@ -24,7 +24,7 @@ from mqwen.data.manifest import Shard
 from mqwen.data.mixture import Mixture
 from mqwen.data.pack import pack
 
-ENDLESS = 1 << 62  # windows of a mixture
+MIXTURE_WINDOWS = 1 << 62  # of its one epoch, which never ends
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ class Order:
     @property
     def windows(self) -> int:
         """Windows of one epoch."""
-        return ENDLESS if len(self.datasets) > 1 else int(-(-self._runs_up_to[0][-1] // self.settings.window_runs))
+        return (
+            MIXTURE_WINDOWS if len(self.datasets) > 1 else int(-(-self._runs_up_to[0][-1] // self.settings.window_runs))
+        )
 
     def window(self, epoch: int, window: int) -> list[Run]:
         """The runs of one window, in the order in which they are read."""

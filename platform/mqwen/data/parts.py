@@ -26,7 +26,7 @@ from mqwen.data.sample import Sample
 from mqwen.data.shards import ShardWriter
 from mqwen.data.sources.source import InPlace, Source
 from mqwen.model import MQWenProcessor
-from mqwen.storage import Location, MissingFileError, StorageError
+from mqwen.storage import Location, MissingFileError, StorageError, local_file, locate
 
 PARTS = "parts"
 HASHES = ("sample", "text", "picture")
@@ -100,11 +100,12 @@ class PartWriter:
         rows: list[dict[str, Any]] = []
         if self.in_place:
             assert isinstance(self.source, InPlace)
-            for key, found, offset, nbytes in self.source.scan(chunk):
-                row, _ = self._judged(key, found)
-                rows.append(row | {"shard": name, "offset": offset, "nbytes": nbytes})
-            file = self.source.files / chunk
-            shards = [{"name": name, "file": chunk, "nbytes": file.size(), "sha256": file.sha256()}]
+            with local_file(self.source.files / chunk) as file:  # once: it may come from far
+                for key, found, offset, nbytes in self.source.scan(file):
+                    row, _ = self._judged(key, found)
+                    rows.append(row | {"shard": name, "offset": offset, "nbytes": nbytes})
+                whole = locate(file)
+                shards = [{"name": name, "file": chunk, "nbytes": whole.size(), "sha256": whole.sha256()}]
         else:
             with ShardWriter(self.dataset, name, self.shard_samples, self.shard_bytes) as writer:
                 for key, found in self.source.read(chunk):

@@ -47,7 +47,8 @@ class WindowReader:
         for n in range(self.start.row if number == 0 else 0, len(plan.rows)):
             packs = [[Entry(plan.samples[i], samples.read(plan.samples[i])) for i in pack] for pack in plan.rows[n]]
             too_long = [plan.samples[i] for i in plan.too_long[n]]
-            row = builder.build(packs, too_long, Position(epoch, window, n), self.start)
+            epochs = epoch + (window + (n + 1) / len(plan.rows)) / self.order.windows
+            row = builder.build(packs, too_long, Position(epoch, window, n), self.start, epochs)
             reading.ROWS.add(dataset=self.order.name)
             reading.SAMPLES.add(sum(map(len, packs)) + len(too_long), dataset=self.order.name)
             yield row

@@ -31,6 +31,7 @@ COLUMNS = pa.schema(
         ("positions", pa.int32()),
         ("place", pa.list_(pa.int64(), 3)),
         ("start", pa.list_(pa.int64(), 3)),
+        ("epochs", pa.float64()),  # that lie before the next row
         ("keys", pa.list_(pa.string())),
         ("quarantined", pa.string()),
         ("failed", pa.string()),  # why reading ended here; all else is null then
@@ -59,14 +60,19 @@ class RowBuilder:
         self._processor, self._settings = processor, settings
 
     def build(
-        self, packs: Sequence[Sequence[Entry]], too_long: Sequence[Place], place: Position, start: Position
+        self,
+        packs: Sequence[Sequence[Entry]],
+        too_long: Sequence[Place],
+        place: Position,
+        start: Position,
+        epochs: float = 0.0,
     ) -> pa.Table:
         """The row as a table of one, with the columns of COLUMNS.
 
-        `too_long` are samples that no pack takes; they are quarantined with this row.
+        `too_long` are samples that no pack takes; they are quarantined with this row. `epochs` lie before the next one.
         """
         keys: list[str] = []
-        quarantined = {sample.key: str(self._too_long(sample)) for sample in too_long}
+        quarantined = {sample.key: str(too_long_error(sample, self._settings)) for sample in too_long}
         pictures: list[np.ndarray] = []
         # A short row is filled with empty packs: every row of a run has the same number of them.
         ids: list[list[int]] = [[] for _ in range(self._settings.packs_per_row)]
@@ -75,8 +81,6 @@ class RowBuilder:
         for p, pack in enumerate(packs):
             for segment, entry in enumerate(pack, start=1):
                 try:
-                    if isinstance(entry.sample, SampleError):
-                        raise entry.sample
                     chat, shown = encode(self._processor, entry.sample)
                     keys.append(entry.place.key)
                 except SampleError as error:
@@ -103,12 +107,14 @@ class RowBuilder:
             "positions": positions,
             "place": [place.epoch, place.window, place.row],
             "start": [start.epoch, start.window, start.row],
+            "epochs": epochs,
             "keys": keys,
             "quarantined": json.dumps(quarantined, ensure_ascii=False),
             "failed": None,
         }
         return pa.table({name: [value] for name, value in columns.items()}, schema=COLUMNS)
 
-    def _too_long(self, sample: Place) -> SampleError:
-        positions, most = self._settings.positions(sample.tokens, sample.images), self._settings.pack_length
-        return SampleError("too long", f"{positions} positions, data.pack_length allows {most}")
+
+def too_long_error(sample: Place, settings: OrderSettings) -> SampleError:
+    positions = settings.positions(sample.tokens, sample.images)
+    return SampleError("too long", f"{positions} positions, data.pack_length allows {settings.pack_length}")

@@ -9,10 +9,11 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mqwen.data.conversation import to_json
 from mqwen.data.dataset import Dataset
 from mqwen.data.errors import SampleError
 from mqwen.data.order import Place
-from mqwen.data.sample import Sample, read_sample, sample_of
+from mqwen.data.sample import Sample, faults_of_a_sample, read_sample, sample_of
 from mqwen.storage import Location, StorageError, TruncatedFileError, retried
 from mqwen.telemetry import reading
 
@@ -92,11 +93,14 @@ def read_rows(parquet: pq.ParquetFile, wanted: range) -> tuple[int, pa.Table]:
 
 
 def parquet_sample(rows: pa.Table, first: int, number: int, question: str) -> Sample:
-    """Row `number` of a file, of which `rows` are those from `first` on."""
+    """Row `number` of a file, of which `rows` are those from `first` on. Raises SampleError, as `read_sample`."""
     if not 0 <= number - first < rows.num_rows:
         raise SampleError("unreadable", "its row is not there")
-    (fields,) = rows.slice(number - first, 1).to_pylist()
-    return sample_of(str(number), fields.items(), question)
+    with faults_of_a_sample():
+        (fields,) = rows.slice(number - first, 1).to_pylist()
+        sample = sample_of(str(number), fields.items(), question)
+        to_json(sample.messages)  # a column may hold what no conversation does, as dates
+        return sample
 
 
 def _raise(error: SampleError) -> Sample:

@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,16 +54,23 @@ def read_sample(members: bytes, question: str = "") -> Sample:
 
     Raises SampleError where the bytes are no tar members or hold no readable conversation.
     """
-    try:
+    with faults_of_a_sample():
         with tarfile.open(fileobj=io.BytesIO(members), mode="r:") as tar:
             found = [(info.name, _content(tar, info)) for info in tar]
         key = split_name(found[0][0])[0]
         return sample_of(key, [(split_name(name)[1], data) for name, data in found], question)
+
+
+@contextmanager
+def faults_of_a_sample() -> Iterator[None]:
+    """Raises SampleError for whatever the block raises: it reads one sample's bytes, and those may be anything."""
+    try:
+        yield
     except SampleError:
         raise
     except UnicodeDecodeError as error:
         raise SampleError("text", f"its text is not UTF-8 ({error})") from error
-    except Exception as error:  # on hostile bytes tarfile and json raise nearly anything
+    except Exception as error:  # on hostile bytes tarfile, json and Arrow raise nearly anything
         raise SampleError("unreadable", f"{type(error).__name__}: {error}") from error
 
 
@@ -84,8 +92,8 @@ def sample_of(key: str, found: Iterable[tuple[str, Any]], question: str) -> Samp
         if name.rpartition(".")[2] in PICTURES:
             pictures += [_picture(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
         elif name == "json":
-            body = json.loads(value)
-            if not isinstance(body, dict):
+            body = value if isinstance(value, Mapping) else json.loads(value)
+            if not isinstance(body, Mapping):
                 raise SampleError("unreadable", f"its JSON is {type(body).__name__}; an object is allowed")
             fields |= body
         elif name in CAPTIONS and isinstance(value, bytes):

@@ -9,7 +9,6 @@ is pinned and a digest test holds it.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import threading
 from collections.abc import Iterator
@@ -24,13 +23,11 @@ from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
 from mqwen.data.order import Order, Position
 from mqwen.data.pace import Pace
+from mqwen.data.quarantine import Quarantine
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
 from mqwen.data.windows import Windows
 from mqwen.model import MQWenProcessor
-from mqwen.telemetry import reading
-
-logger = logging.getLogger(__name__)
 
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
 WINDOWS_AHEAD = 2  # for each CPU of the cluster: one that is being read, and one that is read while it waits its turn
@@ -106,9 +103,9 @@ class Stream:
     def read(self, rows: ray.data.DataIterator, start: Position, max_bad: float) -> Iterator[Batch]:
         """This rank's rows.
 
-        Raises DataError where storage fails, or where more than `max_bad` of the samples so far could not be used. One
-        always may; the share of a few rows says little. The first row is asked for at once: Ray gives no rank a row
-        before all have asked, and of more ranks than rows in a step some would ask late, and the others wait for them.
+        Raises DataError where storage fails, or where more than `max_bad` of the samples could not be used (see
+        quarantine.py). The first row is asked for at once: Ray gives no rank a row before all have asked, and of more
+        ranks than rows in a step some would ask late, and the others wait for them.
         """
         checked, first = self._checked(rows, start, max_bad), Future[list[Batch]]()
 
@@ -122,7 +119,7 @@ class Stream:
         return _from(first, checked)
 
     def _checked(self, rows: ray.data.DataIterator, start: Position, max_bad: float) -> Iterator[Batch]:
-        seen, bad = 0, dict[str, str]()
+        quarantine = Quarantine(self.order.name, max_bad)
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_ROWS):
             if table.num_rows != 1:
                 raise RuntimeError(f"Ray Data put {table.num_rows} rows into a block: their ranks would depend on it")
@@ -131,17 +128,7 @@ class Stream:
             row = self._unpack(table)
             if row.start != (start.epoch, start.window, start.row):
                 raise DataError(f"the stream starts at {row.start}, the checkpoint stands at {start}: start again")
-            seen += len(row.keys) + len(row.quarantined)
-            bad |= row.quarantined
-            for key, reason in row.quarantined.items():
-                logger.warning("sample %s is left out: %s", key, reason)
-                kind = reason.partition(":")[0]  # SampleError.reason
-                reading.QUARANTINED_SAMPLES.add(dataset=self.order.name, reason=kind)
-            if len(bad) > max(1, max_bad * seen):
-                listed = "; ".join(f"{key}: {reason}" for key, reason in list(bad.items())[:20])
-                raise DataError(
-                    f"{len(bad)} of {seen} samples could not be used, data.max_bad allows {max_bad:.1%}: {listed}"
-                )
+            quarantine.add(row)
             yield row
 
 

@@ -10,6 +10,7 @@ from mqwen.data.encode import encode
 from mqwen.data.errors import SampleError
 from mqwen.data.order import Place
 from mqwen.data.reader import WindowReader
+from mqwen.data.row import too_long_error
 from mqwen.data.runs import Samples
 from mqwen.data.sample import Sample
 
@@ -32,37 +33,30 @@ class Traced:
     reason: str
 
 
-def trace(reader: WindowReader, skipped: int, rows: int) -> Iterator[Traced]:
-    """The samples of `rows` rows, after the first `skipped` rows from the reader's start. Reads no other samples."""
+def trace(reader: WindowReader, last: tuple[int, int, int]) -> Iterator[Traced]:
+    """The samples of the rows from the reader's start to the one whose place is `last`. Reads no other samples."""
     for number in itertools.count():
         plan = reader.plan(number)
-        wanted = range(reader.start.row if number == 0 else 0, len(plan.rows))
-        taken = wanted[skipped : skipped + rows]
-        skipped -= min(skipped, len(wanted))
-        rows -= len(taken)
         epoch, window = reader.place(number)
-        for row in taken:
+        is_last = (epoch, window) == last[:2]
+        for row in range(reader.start.row if number == 0 else 0, last[2] + 1 if is_last else len(plan.rows)):
             packs = [[plan.samples[i] for i in pack] for pack in plan.rows[row]]
             samples = Samples(reader.order.datasets, [place for pack in packs for place in pack])
             for n, pack in enumerate(packs):
                 for place in pack:
                     yield _traced(reader, (epoch, window, row), n, place, samples.read(place))
             for i in plan.too_long[row]:
-                most = reader.order.settings.pack_length
-                too_long = SampleError("too long", f"data.pack_length allows {most}")
+                too_long = too_long_error(plan.samples[i], reader.order.settings)
                 yield _traced(reader, (epoch, window, row), -1, plan.samples[i], too_long)
-        if not rows:
+        if is_last:
             return
 
 
 def _traced(
     reader: WindowReader, row: tuple[int, int, int], pack: int, place: Place, found: Sample | SampleError
 ) -> Traced:
-    source, reason = "", ""
+    source, reason = found.source if isinstance(found, Sample) else "", ""
     try:
-        if isinstance(found, SampleError):
-            raise found
-        source = found.source
         encode(reader.processor, found)
     except SampleError as error:
         reason = str(error)

@@ -84,7 +84,7 @@ class Answerer:
         requests: list[Request] = []
         for at, place in enumerate(places):
             try:
-                answer, request = self._ask(samples.read(place), str(at))
+                answer, request = self._ask(samples.read(place), place.key, str(at))
                 answers.append(answer)
                 requests.append(request)
             except SampleError as error:
@@ -98,8 +98,9 @@ class Answerer:
                 answers[at] = replace(answers[at], answer=reply.text, right=right)
         return answers
 
-    def _ask(self, sample: Sample | SampleError, request_id: str) -> tuple[Answer, Request]:
-        """The sample's answer without what the model says, and the request for that."""
+    def _ask(self, sample: Sample | SampleError, key: str, request_id: str) -> tuple[Answer, Request]:
+        """The sample's answer without what the model says, and the request for that. `key` is the dataset's: a file
+        that was indexed in place has keys of its own, as other files do."""
         if isinstance(sample, SampleError):
             raise sample
         chat, pictures = encode(self._processor, sample)
@@ -115,10 +116,10 @@ class Answerer:
             sample.pictures,
             generation.max_tokens,
             generation.temperature,
-            seed=int.from_bytes(hashlib.sha256(f"{generation.seed} {sample.key}".encode()).digest()[:8]),
+            seed=int.from_bytes(hashlib.sha256(f"{generation.seed} {key}".encode()).digest()[:8]),
         )
         loss, tokens = self._loss(chat, pictures)
-        return Answer(sample.key, text_of(before[-1]), text_of(last), loss=loss, tokens=tokens), request
+        return Answer(key, text_of(before[-1]), text_of(last), loss=loss, tokens=tokens), request
 
     def _loss(self, chat: EncodedChat, pictures: list[np.ndarray]) -> tuple[float, int]:
         """The summed loss of the answers' tokens, and their number. The engine rests meanwhile."""

@@ -22,9 +22,11 @@ from mqwen.errors import UserError
 from mqwen.evaluate.answerer import Answer, Answerer, Generation
 from mqwen.evaluate.metrics import cider_d
 from mqwen.model.artifact import open_artifact
+from mqwen.resources import require
 from mqwen.storage import Location, local_folder
 
 BATCH = 32  # samples that an actor is asked at once
+WAIT = 10.0  # seconds for others to end, where the cluster has no room for the actors
 
 
 class EvaluationError(UserError):
@@ -66,18 +68,25 @@ class Evaluation:
         _, processor = open_artifact(local_folder(artifact))
         opened = open_dataset(dataset)
         opened.check_tokenizer(processor.tokenizer.fingerprint)
-        rows = [(shard, row) for shard in opened.manifest.shards for row in read_index(dataset, shard).to_pylist()]
-        rows.sort(key=lambda row: row[1]["key"])
-        # Each a run of its own: neighbours by key need not lie near each other.
-        places = [Place(shard=shard, run=number, **row) for number, (shard, row) in enumerate(rows)]
+        # As they lie: of those that are asked together, a shard's are one read.
+        places = [
+            Place(shard=shard, run=number, **row)
+            for number, shard in enumerate(opened.manifest.shards)
+            for row in read_index(dataset, shard).to_pylist()
+        ]
         return cls(artifact, opened, places, generation, actors)
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Answer]:
         """Every sample's answer, by key; `progress(answered, of)` is called after each batch. Needs a Ray cluster.
 
-        Which samples are asked together does not depend on the actors. Raises UserError where storage fails.
+        Which samples are asked together does not depend on the actors. Raises ResourcesError where the cluster has no
+        room for them, and UserError where storage fails.
         """
         batches = [self.places[at : at + BATCH] for at in range(0, len(self.places), BATCH)]
+        actors = min(self.actors.count, len(batches))
+        bundle = {"CPU": float(self.actors.cpus)} | ({"GPU": float(self.actors.gpus)} if self.actors.gpus else {})
+        way_out = "Ask for less with --actors.count, --actors.cpus or --actors.gpus"
+        require(bundle, actors, WAIT, "actors", way_out, "a small model can be evaluated without, with --actors.gpus 0")
         items = [{"places": pickle.dumps(batch)} for batch in batches]
         ray.data.DataContext.get_current().enable_progress_bars = False
         answered = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -85,7 +94,7 @@ class Evaluation:
             fn_constructor_args=(self.artifact, self.dataset, self.generation, self.actors.gpus > 0),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=min(self.actors.count, len(batches))),
+            compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=self.actors.cpus,
             num_gpus=self.actors.gpus,
         )

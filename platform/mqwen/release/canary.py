@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from random import Random
 from statistics import median
 
@@ -99,6 +99,20 @@ class Comparison:
         file.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
+def draw(canary: Canary, dataset: Dataset, places: Sequence[Place]) -> list[Sample]:
+    """The samples that are asked, by the dataset's keys. Raises ReleaseError where none can be read."""
+    drawn = Random(canary.seed).sample(list(places), min(canary.questions, len(places)))
+    drawn = [replace(place, run=number) for number, place in enumerate(drawn)]  # they lie far apart: each a read
+    reader = Samples([dataset], drawn)
+    found = ((place.key, reader.read(place)) for place in drawn)
+    samples = [replace(sample, key=key) for key, sample in found if isinstance(sample, Sample)]
+    if not samples:
+        raise ReleaseError(
+            f"none of the {len(drawn)} samples drawn from {dataset.location} can be read; name another canary set"
+        )
+    return samples
+
+
 def compare(
     canary: Canary,
     dataset: Dataset,
@@ -108,13 +122,7 @@ def compare(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Comparison:
     """Asks both each question. Raises ReleaseError where the set has no readable sample."""
-    drawn = Random(canary.seed).sample(list(places), min(canary.questions, len(places)))
-    reader = Samples([dataset], drawn)
-    samples = [sample for place in drawn if isinstance(sample := reader.read(place), Sample)]
-    if not samples:
-        raise ReleaseError(
-            f"none of the {len(drawn)} samples drawn from {dataset.location} can be read; name another canary set"
-        )
+    samples = draw(canary, dataset, places)
     chats = [Chat(sample.messages[:-1], sample.pictures) for sample in samples]
 
     def answers(server: Server) -> Answers:

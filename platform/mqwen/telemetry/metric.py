@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,9 +127,13 @@ class _Keeper:
         while True:
             time.sleep(KEEP)
             if _in_cluster():
-                with self._lock:
-                    for (gauge, labels), value in self._gauges.items():
-                        gauge.set(value(), dict(labels))
+                self.set_all()
+
+    def set_all(self) -> None:
+        with self._lock:
+            for (gauge, labels), value in self._gauges.items():
+                with suppress(Exception):  # one that cannot be told now shall not end the others
+                    gauge.set(value(), dict(labels))
 
 
 _made: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Training: what rank 0 emits for the whole run, and the run's controller for its worker groups."""
+"""Training: what rank 0 emits for the whole run."""
 
 from mqwen.telemetry.metric import Counter, Gauge, Histogram
 
@@ -18,7 +18,10 @@ POSITIONS = Counter(
 TOKENS = Counter("mqwen_train_tokens", "Labelled positions trained on; the rate is tokens/s.", RUN, "tokens")
 IMAGES = Counter("mqwen_train_images", "Pictures trained on; the rate is images/s.", RUN, "images")
 DATA_WAIT_SECONDS = Counter(
-    "mqwen_train_data_wait_seconds", "Time that rank 0 waited for rows; the rate is the share of time.", RUN, "seconds"
+    "mqwen_train_data_wait_seconds",
+    "Time that a rank waited for rows, the ranks' mean; the rate is the share of time.",
+    RUN,
+    "seconds",
 )
 
 MFU = Gauge("mqwen_train_mfu", "Share of the workers' peak rate that the last step's model computations reached.", RUN)

@@ -62,6 +62,7 @@ class Commit:
         if (version := raw["format_version"]) != FORMAT_VERSION:
             raise FormatError(version)
         place = raw["progress"].pop("place")
+        raw["progress"].setdefault("epochs", float(place[0]) if place else 0.0)  # earlier versions wrote none
         return cls(**raw | {"progress": Progress(**raw["progress"], place=tuple(place) if place else None)})
 
     def written(self) -> bytes:
@@ -74,6 +75,11 @@ def folder(run: Location) -> Location:
 
 def step_folder(run: Location, step: int) -> Location:
     return folder(run) / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Location) -> int:
+    """By its name: also of one whose commit is damaged."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def committed(run: Location) -> list[Location]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import tyro
 
-from mqwen.train.recipes import recipe
+from mqwen.train.recipes import RECIPES, recipe
 from mqwen.train.settings import RunSettings
 
 
 def read_settings(description: str | None) -> RunSettings:
-    """The recipe that --recipe names, overridden by every other option."""
+    """The recipe that --recipe names, overridden by every other option. Help needs none: it shows the first one's."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--recipe", required=not {"-h", "--help"} & set(sys.argv[1:]), default=next(iter(RECIPES)))
     named, rest = parser.parse_known_args()
-    return tyro.cli(RunSettings, default=recipe(named.recipe), args=rest, description=description)
+    about = f"{description}\n--recipe is one of {', '.join(RECIPES)}; the defaults below are those of {named.recipe}."
+    return tyro.cli(RunSettings, default=recipe(named.recipe), args=rest, description=about)

@@ -48,6 +48,7 @@ class PlannedRow:
     positions: int
     images: int
     place: tuple[int, int, int] = (0, 0, 0)
+    epochs: float = 0.0
     keys: list[str] = field(default_factory=list)
 
 

@@ -31,9 +31,8 @@ def find_checkpoint(run: Location, step: int | None) -> Location:
         raise CheckpointError(f"{run} has no committed checkpoint; training writes them")
     if step is None:
         return found[-1]
-    for candidate in found:
-        if checkpoint.read_commit(candidate).progress.step == step:
-            return candidate
+    if (wanted := checkpoint.step_folder(run, step)) in found:
+        return wanted
     raise CheckpointError(f"{run} has no checkpoint of step {step}; there are {', '.join(c.name for c in found)}")
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from mqwen.errors import UserError
+from mqwen.errors import LastingError
 from mqwen.storage import Location, StorageError
 from mqwen.train.settings import GuardSettings
 
@@ -25,7 +25,7 @@ FEWEST = 20  # before which none is seen: a fresh model's first steps are wild
 SHOWN = 20  # keys in the error
 
 
-class DivergedError(UserError):
+class DivergedError(LastingError):
     """Too many steps were left out; the message has the last one's reason and sample keys."""
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mqwen.train.optimizer import rate_factor
-from mqwen.train.settings import RunSettings
+from mqwen.train.settings import RunSettings, SettingsError
 from mqwen.train.strategy import Strategy
 
 LOSS_ONLY = {"use_cache": False, "logits_to_keep": "labels"}  # no full logits: only labelled positions get any
@@ -31,7 +31,7 @@ Place = tuple[int, int, int]
 
 class Batch(Protocol):
     """A row, ready for the model: `inputs` are forward's arguments, on the CPU (it moves
-    them itself), `supervised` counts the labelled positions."""
+    them itself), `supervised` counts the labelled positions, `epochs` are those that are over with it."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]: ...
@@ -43,6 +43,8 @@ class Batch(Protocol):
     def images(self) -> int: ...
     @property
     def place(self) -> Place: ...
+    @property
+    def epochs(self) -> float: ...
     @property
     def keys(self) -> list[str]: ...
 
@@ -88,7 +90,8 @@ class Evaluation:
 @dataclass(frozen=True)
 class Progress:
     """Steps done, the place of the last row that they trained on (None before the first), the labelled positions and
-    seconds that they took; the best held-out loss so far, and how many evaluations since were no better."""
+    seconds that they took; the best held-out loss so far, and how many evaluations since were no better; the epochs
+    that are over with that row."""
 
     step: int = 0
     place: Place | None = None
@@ -96,41 +99,42 @@ class Progress:
     seconds: float = 0.0
     best: float = math.inf
     worse: int = 0
+    epochs: float = 0.0
 
 
 @dataclass(frozen=True)
 class Data:
     """This rank's rows. `held_out` begins anew each time it is iterated. `blank` is a row without samples.
 
-    `flops` says how many operations a row takes, `epochs` how many epochs lie before a place.
+    `flops` says how many operations a row takes.
     """
 
     rows: Iterator[Batch]
     blank: Batch
     held_out: Iterable[Batch] = ()
     flops: Callable[[Batch], float] = lambda row: 0.0
-    epochs: Callable[[Place], float] = lambda place: place[0]
 
 
 @dataclass(frozen=True)
 class Watch:
     """Who is told and asked; each is called on every rank at the same steps. `wants_checkpoint` is asked for one beside
-    those that are due: it is made when any rank wants it."""
+    those that are due: it is made when any rank wants it. `alive` is called after each pass, of an evaluation too."""
 
     step: Callable[[StepRecord], None]
     checkpoint: Callable[[Progress], None]
     evaluation: Callable[[Evaluation], None] = lambda evaluation: None
     accepts: Accepts = lambda step, loss, keys, norm: True
     wants_checkpoint: Callable[[], bool] = lambda: False
+    alive: Callable[[], None] = lambda: None
 
 
 def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progress, watch: Watch) -> Progress:
     """Trains from `progress` until the budget is spent, the data ends or patience does; returns how far it came."""
     rank, workers, per_step = dist.get_rank(), dist.get_world_size(), settings.data.rows_per_step
-    rows = itertools.takewhile(lambda row: data.epochs(row.place) < (settings.epochs or math.inf), data.rows)
+    rows = itertools.takewhile(lambda row: row.place[0] < (settings.epochs or math.inf), data.rows)
     saved = evaluated = progress
     taken = 0  # rows of the order that all ranks took since the start: row i is rank i mod workers'
-    while (spent := spent_share(settings, data, progress)) < 1 and not _out_of_patience(settings, progress):
+    while (spent := spent_share(settings, progress)) < 1 and not _out_of_patience(settings, progress):
         started = time.perf_counter()
         mine = sum((taken + i) % workers == rank for i in range(per_step))
         batches = list(itertools.islice(rows, mine))
@@ -141,7 +145,7 @@ def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progr
         n_rows, tokens, positions, images, flops, all_waited, wishes = _sum_over_ranks(*sums)
         if not n_rows:
             break  # the end of the data, which all ranks see in the same step
-        place = _from_rank((taken + int(n_rows) - 1) % workers, [batch.place for batch in batches])
+        place, epochs = _last_row((taken + int(n_rows) - 1) % workers, batches)
         taken += per_step
 
         loss = torch.zeros((), device=strategy.device)
@@ -156,9 +160,11 @@ def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progr
             ).loss
             strategy.backward(part, last=i == len(passes))
             loss += part.detach()
+            watch.alive()
 
-        progress = replace(progress, step=progress.step + 1, place=place, tokens=progress.tokens + int(tokens))
-        factor = rate_factor(spent, spent_share(settings, data, progress), settings.optimizer)
+        done = progress.tokens + int(tokens)
+        progress = replace(progress, step=progress.step + 1, place=place, tokens=done, epochs=epochs)
+        factor = rate_factor(spent, spent_share(settings, progress), settings.optimizer)
         for group in strategy.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         (whole_loss,) = _sum_over_ranks(loss.item())
@@ -180,7 +186,7 @@ def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progr
             flops=flops,
             seconds=seconds / workers,
             data_wait=all_waited / workers,
-            spent=spent_share(settings, data, progress),
+            spent=spent_share(settings, progress),
         )
         watch.step(record)
         if progress.step % settings.evaluation.every == 0 or record.spent >= 1:
@@ -195,10 +201,10 @@ def train(settings: RunSettings, strategy: Strategy, data: Data, progress: Progr
     return progress
 
 
-def spent_share(settings: RunSettings, data: Data, progress: Progress) -> float:
+def spent_share(settings: RunSettings, progress: Progress) -> float:
     """The share of the budget that is spent: of the limits that are set, the one nearest to its end."""
     done = {"steps": progress.step, "tokens": progress.tokens, "minutes": progress.seconds / 60}
-    done["epochs"] = data.epochs(progress.place) if progress.place else 0
+    done["epochs"] = progress.epochs
     return max(done[name] / limit for name, limit in settings.budget.items())
 
 
@@ -223,8 +229,14 @@ def _evaluate(settings: RunSettings, strategy: Strategy, data: Data, progress: P
             loss = strategy.model(**inputs, num_items_in_batch=1, row_length=length, **LOSS_ONLY).loss
             total += _sum_over_ranks(loss.item())[0]
             tokens += int(labelled)
+            watch.alive()
     strategy.model.train()
     if not tokens:
+        if settings.evaluation.dataset:
+            raise SettingsError(
+                f"--evaluation.dataset {settings.evaluation.dataset} has no answer that could be used: of its samples "
+                "none was read, or none fits --data.pack-length"
+            )
         return progress
     loss_now = total / tokens
     watch.evaluation(Evaluation(progress.step, loss_now, tokens, time.perf_counter() - started))
@@ -249,9 +261,11 @@ def _sum_over_ranks(*values: float) -> list[Any]:
     return total.tolist()
 
 
-def _from_rank(rank: int, places: list[Place]) -> Place:
-    """The last of that rank's `places`, on every rank."""
-    last = torch.tensor(places[-1] if places else (0, 0, 0))
-    dist.broadcast(last, src=rank)
-    epoch, window, row = last.tolist()
-    return epoch, window, row
+def _last_row(rank: int, rows: list[Batch]) -> tuple[Place, float]:
+    """Place and epochs of the last of that rank's `rows`, on every rank."""
+    place = torch.tensor(rows[-1].place if rows else (0, 0, 0))
+    epochs = torch.tensor(rows[-1].epochs if rows else 0.0, dtype=torch.float64)
+    dist.broadcast(place, src=rank)
+    dist.broadcast(epochs, src=rank)
+    epoch, window, row = place.tolist()
+    return (epoch, window, row), epochs.item()

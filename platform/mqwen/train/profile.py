@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerAction, profile
 
-from mqwen.storage import Location
+from mqwen.storage import Location, StorageError
 
 FOLDER = "profile"
 
@@ -56,4 +56,7 @@ class StepProfiler:
                 files.append(Path(local) / f"{name}.memory.txt")
                 files[1].write_text(found.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=40))
             for file in files:
-                (self._run / FOLDER / file.name).upload(file)
+                try:
+                    (self._run / FOLDER / file.name).upload(file)
+                except StorageError as error:
+                    print(f"warning: a trace is lost: {error}", flush=True)  # the run goes on without it

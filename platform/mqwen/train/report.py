@@ -6,9 +6,11 @@ import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -89,13 +91,23 @@ def _draw_all(records: list[dict], evaluations: list[dict]) -> bytes:
 
 def _curve(axes: Axes, records: list[dict], values: list[float], title: str, unit: str) -> None:
     """Every step's value, and their moving average."""
-    width = max(1, len(values) // SMOOTHED)
-    parts = [values[max(0, i - width) : i + 1] for i in range(len(values))]
+    width = max(1, len(values) // SMOOTHED) + 1
     steps = [r["step"] for r in records]
     axes.plot(steps, values, color="#9ecae1", linewidth=0.8, label="each step")
-    axes.plot(steps, [sum(p) / len(p) for p in parts], color="#08519c", linewidth=1.8, label=f"mean of {width + 1}")
+    axes.plot(steps, moving_mean(values, width), color="#08519c", linewidth=1.8, label=f"mean of {width}")
     axes.legend()
     _label(axes, title, unit)
+
+
+def moving_mean(values: Sequence[float], width: int) -> np.ndarray:
+    """At each place the mean of the last `width` values that are numbers; a step that was left out may have none."""
+    given = np.asarray(values, float)
+    known = np.isfinite(given)
+    sums, counts = (np.cumsum([0.0, *column]) for column in (np.where(known, given, 0.0), known))
+    ends = np.arange(1, len(given) + 1)
+    starts = np.maximum(ends - width, 0)
+    with np.errstate(invalid="ignore"):  # none of them is a number
+        return (sums[ends] - sums[starts]) / (counts[ends] - counts[starts])
 
 
 def _label(axes: Axes, title: str, unit: str) -> None:

@@ -10,6 +10,7 @@ RUNS/NAME/profile/          see profile.py
 RUNS/NAME/report.html       see report.py
 RUNS/NAME/starts/           see provenance.py
 RUNS/NAME/driver-ID.json    see claim.py
+RUNS/NAME/ended.txt         why the last start ended, where that would come again (worker.py)
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mqwen.errors import UserError
+from mqwen.errors import LastingError, UserError
 from mqwen.model import MQWenConfig, MQWenProcessor
+from mqwen.resources import require
 from mqwen.storage import Location, readable, writable
 from mqwen.train import checkpoint, spares
 from mqwen.train.claim import claimed
 from mqwen.train.cost import Cost
 from mqwen.train.provenance import record_start
-from mqwen.train.resources import require
 from mqwen.train.settings import RunSettings, SettingsError
-from mqwen.train.worker import Feed, Task, work
+from mqwen.train.worker import ENDED, Feed, Task, work
 
 SETTINGS = "settings.json"
 # What may change when a run goes on: none of it changes what a step computes.
@@ -104,10 +105,18 @@ def _reason(cause: Exception) -> str:
 def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: Feed, cost: Cost) -> None:
     """Trains until the budget is spent.
 
-    Raises ResourcesError before a worker starts where the cluster has no room for all of them.
+    Raises TrainingError where workers are lost more often than they may be, LastingError where starting anew does not
+    help, ResourcesError before a worker starts where the cluster has no room for all of them.
     """
     parallel = settings.parallel
-    require(parallel.bundle, parallel.fewest, parallel.wait_for_resources)
+    require(
+        parallel.bundle,
+        parallel.fewest,
+        parallel.wait_for_resources,
+        "workers",
+        "Ask for fewer or smaller workers, or for time to wait for more with --parallel.wait-for-resources",
+        "a small model can be trained without, with --parallel.gpus-per-worker 0 --model.precision float32",
+    )
     record_start(run)
     gpus = parallel.gpus_per_worker
     source = readable(settings.model.init_from) if settings.model.init_from else None
@@ -134,7 +143,10 @@ def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: F
             worker_runtime_env={"env_vars": prepared | feed.environment},
         ),
     )
+    (run / ENDED).delete()
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
         raise TrainingError(error.worker_failures) from error
+    if (run / ENDED).exists():
+        raise LastingError(f"training stopped, its checkpoints stay. {(run / ENDED).read_bytes().decode()}")

@@ -22,12 +22,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from mqwen.errors import UserError
 from mqwen.storage import Location, StorageError, locate, retried, workplace
-from mqwen.train.checkpoint import COMMIT, CheckpointError, Commit, committed, read_commit, step_folder
+from mqwen.train.checkpoint import COMMIT, CheckpointError, Commit, DamagedError, committed, read_commit, step_folder
 from mqwen.train.loop import Progress
 from mqwen.train.settings import RunSettings
 
 UNEVEN = timedelta(minutes=30)  # how much longer one rank may write than another
+SEEN = 60.0  # seconds in which a shared folder shows what another node wrote: NFS may give old lists for so long
 
 
 class Saver:
@@ -107,6 +109,7 @@ class Saver:
         commit = Commit(progress, asdict(self._settings), files, loss)
 
         def finish() -> None:
+            _require_files(target, files)
             for name, data in beside.items():
                 (self._run / name).write_bytes(data)
             (target / COMMIT).write_bytes(commit.written())
@@ -122,7 +125,7 @@ class Saver:
         try:
             result = work()
         except Exception as error:  # whatever it is, the others must not wait for this rank
-            problem, cause = str(error) if isinstance(error, StorageError) else repr(error), error
+            problem, cause = str(error) if isinstance(error, UserError) else repr(error), error
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, (result, problem), group=self._group)
         if problems := sorted({problem for _, problem in found if problem is not None}):
@@ -143,7 +146,7 @@ class Saver:
             found = committed(self._run)
             kept = {one.path for one in found[-keep.keep :]}
             if keep.keep_best:
-                losses = {one.path: read_commit(one).loss for one in found}
+                losses = {one.path: _loss(one) for one in found}
                 scored = [path for path, loss in losses.items() if loss is not None]
                 kept |= set(sorted(scored, key=lambda path: losses[path] or 0.0)[: keep.keep_best])
             for old in found:
@@ -151,6 +154,15 @@ class Saver:
                     _clear(old)
         except (StorageError, CheckpointError) as error:
             print(f"warning: an old checkpoint stays: {error}", flush=True)
+
+
+def _loss(checkpoint: Location) -> float | None:
+    """None of one that is damaged: it is none of the best."""
+    try:
+        return read_commit(checkpoint).loss
+    except DamagedError as error:
+        print(f"warning: {error}", flush=True)
+        return None
 
 
 def _put(local: Path, target: Location, rank: int) -> dict[str, dict[str, Any]]:
@@ -161,6 +173,23 @@ def _put(local: Path, target: Location, rank: int) -> dict[str, dict[str, Any]]:
         if not isinstance(target.filesystem, pafs.LocalFileSystem):
             (target / file.name).upload(file)
     return found
+
+
+def _require_files(checkpoint: Location, files: dict[str, dict[str, Any]]) -> None:
+    """Raises CheckpointError where a rank's file does not lie here as it was written: a folder of this machine may be
+    another one on that rank's."""
+    limit = time.monotonic() + SEEN
+    while True:
+        sizes = checkpoint.sizes()
+        lacking = sorted(name for name, entry in files.items() if sizes.get(name) != entry["bytes"])
+        if not lacking:
+            return
+        if time.monotonic() > limit:
+            raise CheckpointError(
+                f"{checkpoint / lacking[0]} is not there, or not whole, though its rank wrote it: --runs must be a "
+                "folder that all nodes share, or s3://BUCKET/NAME"
+            )
+        time.sleep(1)
 
 
 def _clear(checkpoint: Location) -> None:

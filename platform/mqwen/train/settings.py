@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mqwen.errors import UserError
+from mqwen.errors import LastingError
 
 
-class SettingsError(UserError, ValueError):
+class SettingsError(LastingError, ValueError):
     """Settings that cannot work; the message names the option, what is allowed and the way out."""
 
 
@@ -95,8 +95,8 @@ class ParallelSettings:
     `max_failures` is how often a run may lose its workers and go on from its last checkpoint.
     With `min_workers` a run goes on with as few where nodes are lost, and with more, up to `workers`, when others come.
     `wait_for_resources` is how many seconds a run waits at its start for others to end or the cluster to grow;
-    `hang_timeout` after how many without a step the workers are ended and started again. `spares` are processes that
-    wait to become workers, so that a restart does not; they take some hundred megabytes each.
+    `hang_timeout` after how many without a forward pass the workers are ended and started again. `spares` are processes
+    that wait to become workers, so that a restart does not; they take some hundred megabytes each.
     """
 
     workers: int = 1
@@ -244,8 +244,14 @@ class RunSettings:
             ("parallel.gpus-per-worker", self.parallel.gpus_per_worker, 0),
             ("parallel.max-failures", self.parallel.max_failures, 0),
             ("parallel.hang-timeout", self.parallel.hang_timeout, 1),
+            ("parallel.wait-for-resources", self.parallel.wait_for_resources, 0),
             ("data.pack-length", self.data.pack_length, 1),
+            ("data.run-samples", self.data.run_samples, 1),
+            ("data.window-runs", self.data.window_runs, 1),
             ("data.max-bad", self.data.max_bad, 0),
+            ("optimizer.learning-rate", self.optimizer.learning_rate, 0),
+            *((f"optimizer.learning-rates {name}", rate, 0) for name, rate in self.optimizer.learning_rates.items()),
+            ("optimizer.weight-decay", self.optimizer.weight_decay, 0),
             ("guard.spike", self.guard.spike, 0),
             ("guard.most", self.guard.most, 0),
             ("checkpoint.every", self.checkpoint.every, 1),
@@ -253,7 +259,7 @@ class RunSettings:
             ("checkpoint.keep-best", self.checkpoint.keep_best, 0),
             ("checkpoint.patience", self.checkpoint.patience, 0),
         ):
-            if value < least:
+            if not value >= least:  # nan is not, either
                 raise SettingsError(f"--{option} is {value}; at least {least} is needed")
         if self.parallel.fewest > self.parallel.workers:
             raise SettingsError(
@@ -265,9 +271,11 @@ class RunSettings:
         for option, share in (("warmup", self.optimizer.warmup), ("cooldown", self.optimizer.cooldown)):
             if not 0 <= share <= 1:
                 raise SettingsError(f"--optimizer.{option} is {share}; it is a share of the budget, from 0 to 1")
-        if self.optimizer.clip <= 0:
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise SettingsError(f"--optimizer.betas are {self.optimizer.betas}; from 0 to below 1 is allowed")
+        if not self.optimizer.clip > 0:
             raise SettingsError(f"--optimizer.clip is {self.optimizer.clip}; above 0 is needed, 1e9 clips nothing")
-        if self.minutes is not None and self.minutes <= 0:
+        if self.minutes is not None and not self.minutes > 0:
             raise SettingsError(f"--minutes is {self.minutes}; above 0 is needed")
         if not self.budget:
             raise SettingsError("the run has no end: set --steps, --tokens, --epochs or --minutes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -11,8 +12,9 @@ from ray.job_submission import JobDetails
 
 from mqwen.storage import Location
 from mqwen.train import checkpoint
+from mqwen.train.checkpoint import CheckpointError
 from mqwen.train.provenance import Start, last_start
-from mqwen.train.records import REPORT, read_metrics
+from mqwen.train.records import REPORT
 from mqwen.train.run import SETTINGS
 
 State = Literal["finished", "running", "failed", "stopped"]
@@ -21,7 +23,7 @@ State = Literal["finished", "running", "failed", "stopped"]
 @dataclass(frozen=True)
 class RunStatus:
     """`step` of `steps`, if their number is the limit, is what the committed checkpoints hold, which lie at the steps
-    `checkpoints`."""
+    `checkpoints`; `loss` is the mean over the steps since the last but one."""
 
     name: str
     state: State
@@ -40,12 +42,13 @@ def run_statuses(runs: Location, jobs: list[JobDetails]) -> list[RunStatus]:
 
 def _status(run: Location, jobs: list[JobDetails]) -> RunStatus:
     steps = json.loads((run / SETTINGS).read_bytes())["steps"]
-    saved = [checkpoint.read_commit(one).progress.step for one in checkpoint.committed(run)]
-    records, start = read_metrics(run), last_start(run)
-    step = saved[-1] if saved else 0
-    loss = next((record["loss"] for record in records if record["step"] == step), None)
+    found, start = checkpoint.committed(run), last_start(run)
+    saved = [checkpoint.step_of(one) for one in found]
+    loss = None
+    with suppress(CheckpointError):  # a damaged one says nothing of its loss
+        loss = checkpoint.read_commit(found[-1]).loss if found else None
     state: State = "finished" if (run / REPORT).exists() else _state(start, jobs)
-    return RunStatus(run.name, state, step, steps, loss, saved, start)
+    return RunStatus(run.name, state, saved[-1] if saved else 0, steps, loss, saved, start)
 
 
 def _state(start: Start | None, jobs: list[JobDetails]) -> State:

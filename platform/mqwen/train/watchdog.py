@@ -25,7 +25,7 @@ OTHERS = 10.0  # seconds that other ranks have to write theirs: the first one th
 
 
 class Watchdog:
-    """`alive` is called at each step; after `limit` seconds without it the process ends."""
+    """`alive` is called after each forward pass; after `limit` seconds without it the process ends."""
 
     def __init__(self, run: Location, rank: int, limit: float) -> None:
         self._run, self._rank, self._limit = run, rank, limit
@@ -52,7 +52,7 @@ class Watchdog:
                 with suppress(StorageError):
                     file.write_bytes(stacks().encode())
                 print(
-                    f"rank {self._rank} has not ended a step for {self._limit:g} s (--parallel.hang-timeout): what it "
+                    f"rank {self._rank} has not ended a pass for {self._limit:g} s (--parallel.hang-timeout): what it "
                     f"was doing is in {file}; the workers start again from the last checkpoint",
                     flush=True,
                 )

@@ -13,6 +13,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from mqwen.errors import LastingError
 from mqwen.model import MQWenConfig
 from mqwen.storage import Location, retried
 from mqwen.telemetry import training
@@ -22,7 +23,7 @@ from mqwen.train.cost import Cost
 from mqwen.train.emit import emit_checkpoint
 from mqwen.train.guard import RECENT, Guard
 from mqwen.train.hardware import ceiling
-from mqwen.train.loop import Batch, Data, Evaluation, Place, Progress, StepRecord, Watch, train
+from mqwen.train.loop import Batch, Data, Evaluation, Progress, StepRecord, Watch, train
 from mqwen.train.metrics import Metrics
 from mqwen.train.preemption import Notice
 from mqwen.train.profile import StepProfiler
@@ -31,6 +32,8 @@ from mqwen.train.saver import Saver
 from mqwen.train.settings import RunSettings
 from mqwen.train.strategy import make_strategy
 from mqwen.train.watchdog import Watchdog
+
+ENDED = "ended.txt"  # of the run's folder
 
 Split = Callable[[Progress, int], list[Any]]
 """Given the progress to start from and the number of workers: what each of them reads its rows from."""
@@ -42,14 +45,13 @@ Rows = Callable[[Any, Progress], Iterator[Batch]]
 class Feed:
     """Where every worker finds its rows.
 
-    `held_out` are those of a rank of so many, from the beginning; None is none. `epochs` says how many epochs lie
-    before a place. `imports` are modules that reading needs on a worker, `environment` variables that it needs there.
+    `held_out` are those of a rank of so many, from the beginning; None is none. `imports` are modules that reading
+    needs on a worker, `environment` variables that it needs there.
     """
 
     split: Split
     rows: Rows
     blank: Batch
-    epochs: Callable[[Place], float]
     held_out: Callable[[int, int], Iterator[Batch]] | None = None
     imports: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
@@ -85,7 +87,21 @@ class Task:
 
 
 def work(config: dict[str, Task]) -> None:
+    """What each worker runs. Ray starts all of them anew whatever one raises: after an error that would come again they
+    have nothing left to do, and the driver says why, which it finds in ENDED."""
     task = config["task"]
+    ended = task.run / ENDED
+    if retried(ended.exists):
+        return
+    try:
+        _train(task)
+    except LastingError as error:
+        reason = f"{type(error).__name__}: {error}".encode()
+        retried(lambda: ended.write_bytes(reason))
+        raise
+
+
+def _train(task: Task) -> None:
     settings, rank, workers = task.settings, dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(settings.parallel.cpus_per_worker)
     if rank == 0:
@@ -130,7 +146,6 @@ def work(config: dict[str, Task]) -> None:
         notice.heard()
 
     def on_step(record: StepRecord) -> None:
-        watchdog.alive()
         saver.check()
         if metrics:
             metrics.step(record)
@@ -138,7 +153,6 @@ def work(config: dict[str, Task]) -> None:
             profiler.step()
 
     def on_evaluation(evaluation: Evaluation) -> None:
-        watchdog.alive()
         if metrics:
             metrics.evaluation(evaluation)
 
@@ -152,8 +166,8 @@ def work(config: dict[str, Task]) -> None:
         spares.ask()
     feed = task.feed
     held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
-    data = Data(rows, feed.blank, held_out, task.cost.of, feed.epochs)
-    watch = Watch(on_step, on_checkpoint, on_evaluation, guard.accepts, notice.given)
+    data = Data(rows, feed.blank, held_out, task.cost.of)
+    watch = Watch(on_step, on_checkpoint, on_evaluation, guard.accepts, notice.given, watchdog.alive)
     with watchdog.watching():
         last = train(settings, strategy, data, progress, watch)
     saver.wait()
@@ -175,8 +189,8 @@ def _begin_reading(task: Task, progress: Progress) -> Iterator[Batch]:
 
 def _recent(run: Location, progress: Progress) -> list[tuple[float, float]]:
     """Loss and gradient norm of the last steps up to a progress."""
-    records = [record for record in read_metrics(run) if record["step"] <= progress.step] if progress.step else []
-    return [(record["loss"], record["gradient_norm"]) for record in records[-2 * RECENT :]]
+    records = read_metrics(run, upto=progress.step, last=2 * RECENT) if progress.step else []
+    return [(record["loss"], record["gradient_norm"]) for record in records]
 
 
 def _say(rank: int, text: str) -> None:

@@ -42,6 +42,7 @@ class Made:
     place: tuple[int, int, int]
     runs: list[int]
     keys: list[str] = field(default_factory=list)
+    epochs: float = 0.0
 
 
 def made_rows(config: MQWenConfig, shape: Shape, pin: bool, different: int = 12) -> Iterator[Made]:

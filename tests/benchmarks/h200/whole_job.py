@@ -145,7 +145,6 @@ def under_ray(settings: RunSettings, config: MQWenConfig, processor: MQWenProces
         split=lambda progress, workers: stream.split(Position(), workers),
         rows=lambda part, progress: stream.read(part, Position(), settings.data.max_bad),
         blank=stream.blank(),
-        epochs=lambda place: place[0],
     )
     with open_run(settings, config, processor) as run, cluster(cpus=4, dashboard=False):
         train_run(settings, run, config, feed, cost_of(outline(settings, config)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from mqwen.data.errors import SampleError
@@ -29,6 +30,7 @@ class InPlace(Source, Protocol):
     files: Location
     question: str
 
-    def scan(self, chunk: str) -> Iterator[tuple[str, Sample | SampleError, int, int]]:
-        """As `read`, with offset and bytes of the sample in the file: what the index says of its place."""
+    def scan(self, file: Path) -> Iterator[tuple[str, Sample | SampleError, int, int]]:
+        """As `read`, of a chunk's file on this machine, with offset and bytes of the sample in it: what the index says
+        of its place."""
         ...

@@ -41,19 +41,19 @@ class StoredSource:
             return found
         raise DataError(f"{self.files} holds no *{self.suffix} files")
 
-    def scan(self, name: str) -> Iterator[Scanned]:
+    def scan(self, file: Path) -> Iterator[Scanned]:
         """A file that ends too early gives what it holds, and one entry more that says so."""
-        with local_file(self.files / name) as file:
-            for key, found, offset, nbytes in (_scan_parquet if is_parquet(name) else _scan_tar)(file, self.question):
-                yield f"{file.name.removesuffix(self.suffix)}/{key}" if key else name, found, offset, nbytes
+        for key, found, offset, nbytes in (_scan_parquet if is_parquet(file.name) else _scan_tar)(file, self.question):
+            yield f"{file.name.removesuffix(self.suffix)}/{key}" if key else file.name, found, offset, nbytes
 
     def read(self, name: str) -> Iterator[tuple[str, Sample | SampleError]]:
         keys = Keys()
-        for number, (key, found, _, _) in enumerate(self.scan(name)):
-            key_here = keys.make(key, number)
-            if isinstance(found, Sample):
-                found = Sample(key_here, found.messages, found.pictures, found.source or key)
-            yield key_here, found
+        with local_file(self.files / name) as file:
+            for number, (key, found, _, _) in enumerate(self.scan(file)):
+                key_here = keys.make(key, number)
+                if isinstance(found, Sample):
+                    found = Sample(key_here, found.messages, found.pictures, found.source or key)
+                yield key_here, found
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Is there room for a run's workers? Asked before it starts: Ray itself waits for room without an end."""
+"""Is there room for what a command wants to start? Asked before: Ray itself waits for room without an end."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ class ResourcesError(UserError):
     """The cluster has no room for what was asked; the message names both."""
 
 
-def require(bundle: dict[str, float], count: int, wait: float) -> None:
+def require(bundle: dict[str, float], count: int, wait: float, what: str, way_out: str, without_gpus: str) -> None:
     """Returns when `count` times `bundle` ({"CPU": 4, "GPU": 1}) is free, each on one node.
 
     Raises ResourcesError where that is not so within `wait` seconds, in which others may end or the cluster may grow.
+    It says `what` had no room and the `way_out`, or how to do `without_gpus` where the cluster has none.
     """
     limit = time.monotonic() + wait
     while (fits := _fits(bundle)) < count or not _free(bundle, count):
@@ -24,17 +25,10 @@ def require(bundle: dict[str, float], count: int, wait: float) -> None:
             total, free = ray.cluster_resources(), ray.available_resources()
             has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in bundle)
             asked = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-            way_out = (
-                "Ask for fewer or smaller workers, or for time to wait for more with --parallel.wait-for-resources"
-            )
-            if "GPU" in bundle and not total.get("GPU"):
-                way_out = (
-                    "Add a node with GPUs; a small model can be trained without, with --parallel.gpus-per-worker 0 "
-                    "--model.precision float32"
-                )
+            no_gpus = "GPU" in bundle and not total.get("GPU")
             raise ResourcesError(
-                f"{count} workers with {asked} each were asked for; the cluster has {has} on {_alive()} nodes, whose "
-                f"sizes fit {fits} of them. {way_out}"
+                f"{count} {what} with {asked} each were asked for; the cluster has {has} on {_alive()} nodes, whose "
+                f"sizes fit {fits} of them. {f'Add a node with GPUs; {without_gpus}' if no_gpus else way_out}"
             )
         time.sleep(1)
 
