@@ -40,6 +40,18 @@ def random_logits(rows: int, vocabulary: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
 
 
+def warped(logits: torch.Tensor, options: dict[str, Any], ids: Sequence[int] = PROMPT) -> torch.Tensor:
+    """What transformers makes of the logits (1, V) after the tokens `ids`."""
+    processors = LogitsProcessorList()
+    if penalty := options.get("repetition_penalty"):
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    processors.append(TemperatureLogitsWarper(options["temperature"]))
+    for name, warper in {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}.items():
+        if name in options:
+            processors.append(warper(options[name]))
+    return processors(torch.tensor([ids]), logits)
+
+
 def test_temperature_zero_is_argmax() -> None:
     logits = random_logits(8, 50, 0)
     drawn = sample(logits, [{"temperature": 0.0}] * 7 + [{"temperature": 1.0}], seeds=range(8)).tokens
@@ -62,15 +74,8 @@ def test_temperature_zero_is_argmax() -> None:
 )
 def test_distribution_is_that_of_transformers(options: dict[str, Any]) -> None:
     logits = random_logits(1, 12, 1)
-    processors = LogitsProcessorList()
-    if penalty := options.get("repetition_penalty"):
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-    processors.append(TemperatureLogitsWarper(options["temperature"]))
-    for name, warper in {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}.items():
-        if name in options:
-            processors.append(warper(options[name]))
     answer = [2, 2, 9]
-    expected = processors(torch.tensor([[*PROMPT, *answer]]), logits).softmax(-1)[0]
+    expected = warped(logits, options, [*PROMPT, *answer]).softmax(-1)[0]
     draws = 20_000
     drawn = sample(logits.expand(draws, -1), [options] * draws, seeds=range(draws), answer=answer).tokens
     counts = torch.bincount(drawn, minlength=12).double()

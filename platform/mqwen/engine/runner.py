@@ -92,9 +92,8 @@ class Runner:
         for work, first in zip(works, firsts.tolist(), strict=True):
             for picture, at in work.sequence.pictures_between(work.start, work.stop, width):
                 start, stop = max(at, work.start), min(at + width, work.stop)
-                assert picture.features is not None
                 target = first - work.start
-                hidden[target + start : target + stop] = picture.features[start - at : stop - at]
+                hidden[target + start : target + stop] = picture.take()[start - at : stop - at]
 
     def _send(self, values: NDArray[Any]) -> Tensor:
         return to_device(values, self._device)
