@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import io
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +33,7 @@ from PIL import Image
 from mqwen.engine.engine import Engine, EngineSettings
 from mqwen.engine.request import Request
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
-from tests.benchmarks.h200.measure import ceilings, machine
+from tests.benchmarks.h200.measure import attempt, ceilings, machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -84,26 +86,23 @@ async def whole(engine: Engine, requests: list[Request]) -> float:
     return time.perf_counter() - begun
 
 
-async def streamed(engine: Engine, requests: list[Request]) -> tuple[list[float], list[float], float]:
-    """Seconds to each first token, between tokens (those that come together share their time), and while all decode."""
-    first, between, ends = [], [], []
+async def streamed(engine: Engine, requests: list[Request]) -> tuple[list[float], list[float]]:
+    """Seconds to each first token, and between tokens: those that come together share their time."""
+    first, between = [], []
     begun = time.perf_counter()
-    starts = []
 
     async def one(request: Request) -> None:
-        last = time.perf_counter()
+        last = begun
         async for event in engine.generate(request):
             now, count = time.perf_counter(), len(event.token_ids)
             if event.completion_tokens == count:
                 first.append(now - begun)
-                starts.append((now, count))
             elif count:
                 between.extend([(now - last) / count] * count)
             last = now
-        ends.append(last)
 
     await asyncio.gather(*(one(request) for request in requests))
-    return first, between, min(ends) - max(now for now, _ in starts)
+    return first, between
 
 
 def run_case(
@@ -114,12 +113,16 @@ def run_case(
     config: MQWenConfig,
     limit: Callable[[int, float], float],
     dtype: str,
+    repeats: int,
 ) -> Case:
     image = config.image_token_id
     make = lambda seed: make_requests(count, kind, out, config.vocab_size, image, seed)  # noqa: E731
     asyncio.run(whole(engine, make(1)))
-    seconds = statistics.median([asyncio.run(whole(engine, make(seed))) for seed in (2, 3, 4)])
-    first, between, _ = asyncio.run(streamed(engine, make(5)))
+    seconds = statistics.median([asyncio.run(whole(engine, make(seed))) for seed in range(100, 100 + repeats)])
+    first, between = [], []
+    for seed in range(5, 14 if count == 1 else 6):
+        some_first, some_between = asyncio.run(streamed(engine, make(seed)))
+        first, between = first + some_first, between + some_between
     prompt = 320 if kind != "picture" else 64 + config.image_positions
     ceiling = limit(count, prompt + out / 2)
     rate = count * out / seconds
@@ -183,16 +186,20 @@ def static_batch(model: MQWenLMHeadModel, config: MQWenConfig, count: int, out: 
     return f"transformers' generate, {count} requests as one batch: {count * out / seconds:,.0f} tokens/s."
 
 
-def start(folder: Path, device: torch.device) -> str:
-    """A process that loads an artifact as a replica does, and answers one request."""
-    begun = time.time()
-    command = [sys.executable, "-m", "tests.benchmarks.h200.start", str(folder), str(device), str(begun)]
-    told = subprocess.run(command, capture_output=True, text=True)
+def start(folder: Path, device: torch.device, *, compiled: bool) -> str:
+    """A process that loads an artifact as a replica does, and answers one request. compiled: whether one did so here
+    before, so that Triton finds the kernels."""
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e9
+    with tempfile.TemporaryDirectory() as empty:
+        command = [sys.executable, "-m", "tests.benchmarks.h200.start", str(folder), str(device), str(time.time())]
+        env = os.environ if compiled else os.environ | {"TRITON_CACHE_DIR": empty}
+        told = subprocess.run(command, capture_output=True, text=True, env=env)
     if told.returncode:
         return f"A start from {folder} failed: {told.stderr[-400:]}"
+    kernels = "kernels compiled before" if compiled else "kernels not compiled yet"
     return (
-        f"From the start of a process to its first token, {size:.1f} GB on local disk: {told.stdout.splitlines()[-1]}."
+        f"From the start of a process to its first token, {size:.1f} GB on local disk, {kernels}: "
+        f"{told.stdout.splitlines()[-1]}."
     )
 
 
@@ -200,6 +207,7 @@ def main(arguments: list[str] | None = None) -> list[Case]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", nargs="*", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--kinds", nargs="*", default=["text", "sampled", "picture"])
+    parser.add_argument("--repeats", type=int, default=3, help="of each case, after one that warms up")
     parser.add_argument("--only-cases", action="store_true")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with a qwen.tiktoken")
     parser.add_argument("--minutes", type=float, default=8.0, help="no case begins later")
@@ -244,8 +252,12 @@ def main(arguments: list[str] | None = None) -> list[Case]:
     out, long = (8, 12) if given.tiny else (256, 512)
     most = max(given.requests)
     started = time.perf_counter()
-    settings = EngineSettings(max_batch_size=most, max_length=1024, max_step_positions=8192, picture_threads=8)
+    settings = EngineSettings(max_batch_size=most, max_length=1024, max_step_positions=8192, picture_threads=14)
     processor = MQWenProcessor(tokenizer, image_size=config.vision_config.image_size)
+    artifact = tempfile.TemporaryDirectory()
+    if not given.only_cases:
+        model.save_pretrained(artifact.name)
+        processor.save_pretrained(artifact.name)
     engine = Engine(model, processor, settings)
     print(f"engine ready in {time.perf_counter() - started:.1f} s", flush=True)
     cases = []
@@ -253,26 +265,29 @@ def main(arguments: list[str] | None = None) -> list[Case]:
         for count in given.requests:
             for tokens in (out // 2, long) if kind == "picture" else (out,):
                 if time.monotonic() - begun < 60 * given.minutes:
-                    cases.append(run_case(engine, kind, count, tokens, config, limit, str(dtype).split(".")[1]))
+                    cases.append(
+                        run_case(engine, kind, count, tokens, config, limit, str(dtype).split(".")[1], given.repeats)
+                    )
     told: list[str] = []
 
-    def tell(text: str) -> None:
-        told.append(text)
-        print(text, flush=True)
+    def tell(name: str, work: Callable[[], str]) -> None:
+        if text := attempt(name, work):
+            told.append(text)
+            print(text, flush=True)
+            report(cases, about, found.copy, told, given.out)  # whatever becomes of the rest
 
     if not given.only_cases:
         for count in sorted({min(given.requests), most}):
-            tell(prompts_alone(engine, count, config))
-        tell(agreement(engine, model, config, out // 2))
+            tell("prompts", partial(prompts_alone, engine, count, config))
+        tell("agreement", partial(agreement, engine, model, config, out // 2))
     asyncio.run(engine.drain())
+    del engine
     if not given.only_cases:
-        for count in given.requests:
-            tell(static_batch(model, config, count, out))
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            del engine, model
-            tell(start(Path(folder), device))
+        for count in sorted({min(given.requests), most}):
+            tell("static batch", partial(static_batch, model, config, count, out))
+        del model
+        for compiled in (True, False):
+            tell("start", partial(start, Path(artifact.name), device, compiled=compiled))
     report(cases, about, found.copy, told, given.out)
     return cases
 

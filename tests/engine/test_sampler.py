@@ -29,9 +29,8 @@ def sample(
     count = len(logits)
     sampler = Sampler(count, logits.shape[1], logits.device)
     requests = [Request(str(i), PROMPT, **one) for i, one in enumerate(options)]
-    for i, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
-        sampler.admit(count - 1 - i, request, seed, PROMPT, np.array(answer, np.int64))
     rows = torch.arange(count - 1, -1, -1)
+    sampler.admit(rows.tolist(), requests, seeds, [np.array(answer, np.int64)] * count)
     wanted = max((one.logprobs for one in requests if one.logprobs is not None), default=None)
     return sampler.sample(logits, rows, torch.full((count,), 9), requests, wanted)
 
@@ -103,8 +102,7 @@ def test_presence_and_frequency_penalties_by_their_formula() -> None:
 def test_penalties_count_what_was_sampled_and_touch_no_neighbour() -> None:
     sampler = Sampler(2, 4, torch.device("cpu"))
     penalized, plain = Request("a", [0], presence_penalty=5.0), Request("b", [0])
-    sampler.admit(0, penalized, 1, [0], np.array([], np.int64))
-    sampler.admit(1, plain, 1, [0], np.array([], np.int64))
+    sampler.admit([0, 1], [penalized, plain], [1, 1], [np.array([], np.int64)] * 2)
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).expand(2, -1)
     rows = torch.arange(2)
     drawn = [sampler.sample(logits, rows, rows, [penalized, plain]).tokens.tolist() for _ in range(4)]

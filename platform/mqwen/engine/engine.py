@@ -322,10 +322,13 @@ class Engine:
         """Starts a step; on a GPU it is still running afterwards."""
         self._observer.admitted([sequence for sequence in step.admitted if not sequence.completion_tokens])
         self._runner.prepare(step)
-        for sequence in step.admitted:
-            assert sequence.row is not None
-            request, answer = sequence.request, sequence.ids[sequence.prompt_tokens : sequence.known]
-            self._sampler.admit(sequence.row, request, sequence.seed, request.input_ids, answer)
+        if step.admitted:
+            self._sampler.admit(
+                [sequence.row for sequence in step.admitted if sequence.row is not None],
+                [sequence.request for sequence in step.admitted],
+                [sequence.seed for sequence in step.admitted],
+                [sequence.ids[sequence.prompt_tokens : sequence.known] for sequence in step.admitted],
+            )
         missing = [
             (picture, work.sequence.request.adapter)
             for work in step.works

@@ -18,6 +18,8 @@ from torch import Tensor
 from mqwen.engine.device import to_device
 from mqwen.engine.request import Request, TokenLogprob
 
+Ints = NDArray[np.int64]
+
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -75,18 +77,25 @@ class Sampler:
 
             self._draw_on_card = draw_on_card
 
-    def admit(self, row: int, request: Request, seed: int, prompt: Many[int], answer: NDArray[np.int64]) -> None:
-        """prompt: its tokens, pictures not expanded. answer: what is generated of it so far."""
-        self._settings[row] = self._send(np.array([getattr(request, name) for name in SETTINGS], np.float32))
-        self._seeds[row] = seed
-        if penalizes(request):
-            if self._generated is None:
-                self._generated = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
-                self._prompt = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
-            assert self._prompt is not None
-            self._prompt[row] = False
-            self._prompt[row, self._send(np.array(prompt))] = True
-            self._generated[row] = self._send(np.bincount(answer, minlength=self._shape[1]).astype(np.int32))
+    def admit(self, rows: Many[int], requests: Many[Request], seeds: Many[int], answers: Many[Ints]) -> None:
+        """Requests that run from now on. answers: what is generated of each so far."""
+        places = self._send(np.array(rows))
+        settings = [[getattr(request, name) for name in SETTINGS] for request in requests]
+        self._settings[places] = self._send(np.array(settings, np.float32))
+        self._seeds[places] = self._send(np.array(seeds))
+        for row, request, answer in zip(rows, requests, answers, strict=True):
+            if penalizes(request):
+                self._admit_penalized(row, request.input_ids, answer)
+
+    def _admit_penalized(self, row: int, prompt: Many[int], answer: Ints) -> None:
+        """prompt: its tokens, pictures not expanded."""
+        if self._generated is None:
+            self._generated = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+            self._prompt = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+        assert self._prompt is not None
+        self._prompt[row] = False
+        self._prompt[row, self._send(np.array(prompt))] = True
+        self._generated[row] = self._send(np.bincount(answer, minlength=self._shape[1]).astype(np.int32))
 
     def sample(
         self,

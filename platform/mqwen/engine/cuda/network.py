@@ -32,7 +32,7 @@ ROWS = {
     "down": (16, 256, 2, 5),
     "head": (64, 128, 4, 4),
 }
-
+ATTENTION = {True: {"block": 64, "warps": 2, "stages": 2}, False: {"block": 32, "warps": 1, "stages": 3}}  # up to FEW
 
 Attention = Callable[[Tensor, int], Tensor]
 """Given queries, keys and values (rows, 3 C) of a layer, and its number: what the rows see, (rows, C)."""
@@ -93,7 +93,10 @@ class Network:
         def attention(qkv: Tensor, layer: int) -> Tensor:
             keys, values = self._cache[layer]
             mixed, overlap = torch.empty_like(x), OVERLAP and len(x) <= FEW
-            return attend(qkv, turns, t.logn, keys, values, t.blocks, rows, positions, mixed, scratch, overlap)
+            return attend(
+                qkv, turns, t.logn, keys, values, t.blocks, rows, positions, mixed, scratch, overlap,
+                **ATTENTION[len(x) <= FEW],
+            )  # fmt: skip
 
         if len(rows) == 1:
             return self._allowed(self._one(x, attention))
@@ -123,7 +126,7 @@ class Network:
             query = take_in(qkv, turns, t.logn, keys, values, *where)
             return attend_prompts(query, keys, values, *where, prompts.tiles)
 
-        return self._logits(self._many(x, attention)[prompts.last])
+        return self._logits(self._many(x, attention, prompts.last))
 
     def _logits(self, normed: Tensor) -> Tensor:
         return self._allowed(F.linear(normed, self._head))
@@ -167,12 +170,14 @@ class Network:
         normed = add_norm(x, None, self._norm, torch.empty_like(x), self._eps, OVERLAP)
         return rows_product(normed, self._head, x.new_empty(rows, len(self._head)), **tile("head"))
 
-    def _many(self, x: Tensor, attention: Attention) -> Tensor:
-        """(tokens, C), after the last norm. x is changed."""
+    def _many(self, x: Tensor, attention: Attention, last: Tensor | None = None) -> Tensor:
+        """(tokens, C), after the last norm; of the tokens `last` where these are given. x is changed."""
         normed = add_norm(x, None, self._layers[0].norm_1, torch.empty_like(x), self._eps)
         following = [layer.norm_1 for layer in self._layers[1:]] + [self._norm]
         for place, (layer, gain) in enumerate(zip(self._layers, following, strict=True)):
             mixed = attention(F.linear(normed, layer.qkv, layer.bias), place)
+            if last is not None and gain is self._norm:  # nothing needs more of the others than keys and values
+                mixed, x, normed = mixed[last], x[last], normed[: len(last)]
             add_norm(F.linear(mixed, layer.mixed), x, layer.norm_2, normed, self._eps)
             wide = silu_mul(F.linear(normed, layer.both), x.new_empty(len(x), len(layer.up)))
             add_norm(F.linear(wide, layer.down), x, gain, normed, self._eps)
