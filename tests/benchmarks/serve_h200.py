@@ -1,9 +1,11 @@
 """The engine with Qwen-1.8B and CLIP-L on one H200: `PYTHONPATH=platform:. python tests/benchmarks/serve_h200.py`.
 
 Random weights, bfloat16. First the rate at which the card copies, which with the bytes that a step must read makes the
-limit; then (a) 320 random tokens in and 256 out, greedy and sampled; (b) a picture and 64 tokens in, 128 out; each for
-1, 16, 64 and 256 requests at once; then how often greedy tokens are those of transformers' generate. Writes a dated
-Markdown file and the same as JSON into `--out`. `--tiny` shows on a CPU that all of it runs.
+limit; then (a) 320 random tokens in and 256 out, greedy and sampled; (b) a picture and 64 tokens in, 128 and 512 out;
+each for 1, 16, 64 and 256 requests at once; the time of prompts alone; transformers' generate on the same requests as
+one static batch; how often greedy tokens are its own; and the time from the start of a process to its first token from
+an artifact on disk. Writes a dated Markdown file and the same as JSON into `--out`. `--tiny` shows on a CPU that all of
+it runs.
 """
 
 from __future__ import annotations
@@ -12,12 +14,17 @@ import argparse
 import asyncio
 import io
 import json
+import os
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +33,7 @@ from PIL import Image
 from mqwen.engine.engine import Engine, EngineSettings
 from mqwen.engine.request import Request
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
-from tests.benchmarks.h200.measure import ceilings, machine
+from tests.benchmarks.h200.measure import attempt, ceilings, machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -79,26 +86,23 @@ async def whole(engine: Engine, requests: list[Request]) -> float:
     return time.perf_counter() - begun
 
 
-async def streamed(engine: Engine, requests: list[Request]) -> tuple[list[float], list[float], float]:
-    """Seconds to each first token, between tokens (those that come together share their time), and while all decode."""
-    first, between, ends = [], [], []
+async def streamed(engine: Engine, requests: list[Request]) -> tuple[list[float], list[float]]:
+    """Seconds to each first token, and between tokens: those that come together share their time."""
+    first, between = [], []
     begun = time.perf_counter()
-    starts = []
 
     async def one(request: Request) -> None:
-        last = time.perf_counter()
+        last = begun
         async for event in engine.generate(request):
             now, count = time.perf_counter(), len(event.token_ids)
             if event.completion_tokens == count:
                 first.append(now - begun)
-                starts.append((now, count))
             elif count:
                 between.extend([(now - last) / count] * count)
             last = now
-        ends.append(last)
 
     await asyncio.gather(*(one(request) for request in requests))
-    return first, between, min(ends) - max(now for now, _ in starts)
+    return first, between
 
 
 def run_case(
@@ -109,12 +113,16 @@ def run_case(
     config: MQWenConfig,
     limit: Callable[[int, float], float],
     dtype: str,
+    repeats: int,
 ) -> Case:
     image = config.image_token_id
     make = lambda seed: make_requests(count, kind, out, config.vocab_size, image, seed)  # noqa: E731
     asyncio.run(whole(engine, make(1)))
-    seconds = statistics.median([asyncio.run(whole(engine, make(seed))) for seed in (2, 3, 4)])
-    first, between, _ = asyncio.run(streamed(engine, make(5)))
+    seconds = statistics.median([asyncio.run(whole(engine, make(seed))) for seed in range(100, 100 + repeats)])
+    first, between = [], []
+    for seed in range(5, 14 if count == 1 else 6):
+        some_first, some_between = asyncio.run(streamed(engine, make(seed)))
+        first, between = first + some_first, between + some_between
     prompt = 320 if kind != "picture" else 64 + config.image_positions
     ceiling = limit(count, prompt + out / 2)
     rate = count * out / seconds
@@ -133,27 +141,65 @@ def run_case(
     return case
 
 
+@torch.inference_mode()
 def agreement(engine: Engine, model: MQWenLMHeadModel, config: MQWenConfig, out: int) -> str:
-    """Greedy tokens of the engine against transformers' generate, one by one, up to where they part."""
-    same = total = 0
-    gaps = []
-    for request in make_requests(8, "text", out, config.vocab_size, config.image_token_id, 9):
-        [event] = engine.generate_all([request])
-        ids = torch.tensor([request.input_ids], device=model.device)
-        with torch.inference_mode():
-            answer = model.generate(
-                ids, max_new_tokens=out, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
-                return_dict_in_generate=True,
-            )  # fmt: skip
-        expected = answer.sequences[0, ids.shape[1] :].tolist()
-        agree = next((i for i, (a, b) in enumerate(zip(event.token_ids, expected, strict=True)) if a != b), out)
-        same, total = same + agree, total + out
-        if agree < out:
-            top = answer.logits[agree][0].float().topk(2).values
-            gaps.append((top[0] - top[1]).item())
+    """Each greedy token of the engine against what the model in transformers finds likeliest after the same tokens."""
+    requests = make_requests(16, "text", out, config.vocab_size, config.image_token_id, 9)
+    gaps: list[float] = []
+    before_first = 0
+    for request, event in zip(requests, engine.generate_all(requests), strict=True):
+        ids = torch.tensor([[*request.input_ids, *event.token_ids]], device=model.device)
+        logits = model(ids, use_cache=False).logits[0, len(request.input_ids) - 1 : -1].float()
+        logits[:, config.image_token_id] = -torch.inf
+        best = logits.argmax(-1)
+        ours = ids[0, len(request.input_ids) :]
+        others = (best != ours).nonzero().flatten().tolist()
+        before_first += others[0] if others else out
+        gaps += [(logits[i, best[i]] - logits[i, ours[i]]).item() for i in others]
+    total = len(requests) * out
+    p95 = statistics.quantiles(gaps, n=20)[-1] if len(gaps) > 1 else 0.0
     return (
-        f"greedy tokens before the first that differs from transformers': {same} of {total}; "
-        f"gaps of its two likeliest there: {', '.join(f'{gap:.3f}' for gap in gaps) or 'none'}"
+        f"Greedy tokens: {total - len(gaps)} of {total} ({1 - len(gaps) / total:.2%}) are those that transformers "
+        "finds likeliest after the same tokens. Where they part, the logit of its own is larger by "
+        f"{statistics.median(gaps or [0]):.4f} in the median, {p95:.4f} at p95, {max(gaps, default=0):.4f} at most. "
+        f"Tokens before an answer's first that differs: {before_first / len(requests):.0f} of {out} in the mean."
+    )
+
+
+def prompts_alone(engine: Engine, count: int, config: MQWenConfig) -> str:
+    """From the first request sent to the last first token."""
+    make = lambda seed: make_requests(count, "text", 1, config.vocab_size, config.image_token_id, seed)  # noqa: E731
+    asyncio.run(whole(engine, make(20)))
+    times = [1e3 * asyncio.run(whole(engine, make(21 + i))) for i in range(12 if count == 1 else 4)]
+    return f"Prompts of {count} requests: {statistics.median(times):.2f} ms in the median, {min(times):.2f} at best."
+
+
+@torch.inference_mode()
+def static_batch(model: MQWenLMHeadModel, config: MQWenConfig, count: int, out: int) -> str:
+    """transformers' generate on the same requests, which are all of one length."""
+    requests = make_requests(count, "text", out, config.vocab_size, config.image_token_id, 30)
+    ids = torch.tensor([list(request.input_ids) for request in requests], device=model.device)
+    begun = time.perf_counter()
+    answer = model.generate(ids, max_new_tokens=out, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert answer.shape[1] == ids.shape[1] + out
+    seconds = time.perf_counter() - begun
+    return f"transformers' generate, {count} requests as one batch: {count * out / seconds:,.0f} tokens/s."
+
+
+def start(folder: Path, device: torch.device, *, compiled: bool) -> str:
+    """A process that loads an artifact as a replica does, and answers one request. compiled: whether one did so here
+    before, so that Triton finds the kernels."""
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e9
+    with tempfile.TemporaryDirectory() as empty:
+        command = [sys.executable, "-m", "tests.benchmarks.h200.start", str(folder), str(device), str(time.time())]
+        env = os.environ if compiled else os.environ | {"TRITON_CACHE_DIR": empty}
+        told = subprocess.run(command, capture_output=True, text=True, env=env)
+    if told.returncode:
+        return f"A start from {folder} failed: {told.stderr[-400:]}"
+    kernels = "kernels compiled before" if compiled else "kernels not compiled yet"
+    return (
+        f"From the start of a process to its first token, {size:.1f} GB on local disk, {kernels}: "
+        f"{told.stdout.splitlines()[-1]}."
     )
 
 
@@ -161,6 +207,8 @@ def main(arguments: list[str] | None = None) -> list[Case]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", nargs="*", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--kinds", nargs="*", default=["text", "sampled", "picture"])
+    parser.add_argument("--repeats", type=int, default=3, help="of each case, after one that warms up")
+    parser.add_argument("--only-cases", action="store_true")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with a qwen.tiktoken")
     parser.add_argument("--minutes", type=float, default=8.0, help="no case begins later")
     parser.add_argument("--tiny", action="store_true")
@@ -204,23 +252,47 @@ def main(arguments: list[str] | None = None) -> list[Case]:
     out, long = (8, 12) if given.tiny else (256, 512)
     most = max(given.requests)
     started = time.perf_counter()
-    settings = EngineSettings(max_batch_size=most, max_length=1024, max_step_positions=8192)
-    engine = Engine(model, MQWenProcessor(tokenizer, image_size=config.vision_config.image_size), settings)
+    settings = EngineSettings(max_batch_size=most, max_length=1024, max_step_positions=8192, picture_threads=14)
+    processor = MQWenProcessor(tokenizer, image_size=config.vision_config.image_size)
+    artifact = tempfile.TemporaryDirectory()
+    if not given.only_cases:
+        model.save_pretrained(artifact.name)
+        processor.save_pretrained(artifact.name)
+    engine = Engine(model, processor, settings)
     print(f"engine ready in {time.perf_counter() - started:.1f} s", flush=True)
     cases = []
     for kind in given.kinds:
         for count in given.requests:
             for tokens in (out // 2, long) if kind == "picture" else (out,):
                 if time.monotonic() - begun < 60 * given.minutes:
-                    cases.append(run_case(engine, kind, count, tokens, config, limit, str(dtype).split(".")[1]))
-    told = agreement(engine, model, config, out // 2)
-    print(told)
+                    cases.append(
+                        run_case(engine, kind, count, tokens, config, limit, str(dtype).split(".")[1], given.repeats)
+                    )
+    told: list[str] = []
+
+    def tell(name: str, work: Callable[[], str]) -> None:
+        if text := attempt(name, work):
+            told.append(text)
+            print(text, flush=True)
+            report(cases, about, found.copy, told, given.out)  # whatever becomes of the rest
+
+    if not given.only_cases:
+        for count in sorted({min(given.requests), most}):
+            tell("prompts", partial(prompts_alone, engine, count, config))
+        tell("agreement", partial(agreement, engine, model, config, out // 2))
     asyncio.run(engine.drain())
+    del engine
+    if not given.only_cases:
+        for count in sorted({min(given.requests), most}):
+            tell("static batch", partial(static_batch, model, config, count, out))
+        del model
+        for compiled in (True, False):
+            tell("start", partial(start, Path(artifact.name), device, compiled=compiled))
     report(cases, about, found.copy, told, given.out)
     return cases
 
 
-def report(cases: list[Case], about: dict[str, str], copy: float, told: str, folder: Path) -> None:
+def report(cases: list[Case], about: dict[str, str], copy: float, told: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC)
     facts = {**about, "copy": f"{copy / 1e12:.2f} TB/s, read and written", "date": f"{now:%F %H:%M} UTC"}
@@ -233,10 +305,12 @@ def report(cases: list[Case], about: dict[str, str], copy: float, told: str, fol
             f"{c.decode_tokens_per_s:,.0f} | {c.decode_share:.2f} | "
             f"{c.first:.1f} | {c.between:.2f} | {c.between_p99:.2f} |"
         )
-    lines += ["", told, ""]
+    lines += ["", *(f"- {line}" for line in told), ""]
     stem = folder / f"{now:%F}-serve_h200"
     stem.with_suffix(".md").write_text("\n".join(lines))
-    stem.with_suffix(".json").write_text(json.dumps({"facts": facts, "cases": [asdict(c) for c in cases]}, indent=1))
+    stem.with_suffix(".json").write_text(
+        json.dumps({"facts": facts, "cases": [asdict(c) for c in cases], "told": told}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 
 pytest.importorskip("triton")
 
-from mqwen.engine.cuda.kernels import Scratch, add_norm, attend, begin, silu_mul, take_in
+from mqwen.engine.cuda.kernels import TILE, Scratch, add_norm, attend, attend_prompts, begin, silu_mul, take_in
 from mqwen.engine.cuda.products import gated_product, product, rows_product
 from mqwen.model.rotary import rotary_tables, rotate
 
@@ -61,6 +61,11 @@ def test_few_rows(rows: int) -> None:
     close(r, expected)
 
 
+def in_order(pages: torch.Tensor, table: torch.Tensor, count: int) -> torch.Tensor:
+    """(H, count, D): the first positions of a sequence."""
+    return pages[table].transpose(0, 1).flatten(1, 2)[:, :count]
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("extended", [False, True])
 def test_attention_over_pages(splits: int, extended: bool) -> None:
@@ -68,7 +73,7 @@ def test_attention_over_pages(splits: int, extended: bool) -> None:
     heads, channels, size, longest = 2, 16, 4, 48
     past = [0, 5, 37, 16]
     count, width = len(past), heads * channels
-    keys, values = some(64 * size, heads, channels), some(64 * size, heads, channels)
+    keys, values = some(64, heads, size, channels), some(64, heads, size, channels)
     tables = (torch.randperm(63)[: 5 * 12].view(5, 12) + 1).to(DEVICE)
     rows = torch.tensor([3, 0, 4, 1], device=DEVICE)
     positions = torch.tensor(past, device=DEVICE)
@@ -90,10 +95,9 @@ def test_attention_over_pages(splits: int, extended: bool) -> None:
     out = torch.empty(count, width, device=DEVICE, dtype=DTYPE)
     scratch = Scratch(count, heads, channels, splits, torch.device(DEVICE))
     for _ in range(2):  # the counters are zero again
-        attend(qkv, turns, logn, keys, values, tables, size, rows, positions, out, scratch, block=16)
-    slots = tables[rows, positions // size] * size + positions % size
+        attend(qkv, turns, logn, keys, values, tables, rows, positions, out, scratch, block=16)
     again = old_keys.clone(), old_values.clone()
-    queries = take_in(qkv, turns, logn, positions, *again, slots)
+    queries = take_in(qkv, turns, logn, *again, tables, rows, positions)
     close(again[0], keys)
     close(again[1], values)
     for i, before in enumerate(past):
@@ -101,8 +105,32 @@ def test_attention_over_pages(splits: int, extended: bool) -> None:
         q, k = rotate(torch.stack((q, k)), *turns[i].chunk(2))
         q = q if logn is None else q * logn[before].to(DTYPE)
         close(queries[i], q)
-        at = [(tables[rows[i], n // size] * size + n % size).item() for n in range(before)]
-        ks = torch.cat((old_keys[at].transpose(0, 1), k.unsqueeze(1)), 1)
-        vs = torch.cat((old_values[at].transpose(0, 1), v.unsqueeze(1)), 1)
+        ks, vs = (
+            torch.cat((in_order(old, tables[rows[i]], before), one.unsqueeze(1)), 1)
+            for old, one in ((old_keys, k), (old_values, v))
+        )
         weights = (torch.einsum("hd,hnd->hn", q.float(), ks.float()) / math.sqrt(channels)).softmax(-1)
         close(out[i], torch.einsum("hn,hnd->hd", weights, vs.float()).flatten().to(DTYPE))
+
+
+def test_prompts_over_pages() -> None:
+    """Pieces at the beginning and in the midst of prompts, longer than a program takes, with tokens of nobody after."""
+    torch.manual_seed(0)
+    heads, channels, size = 3, 16, 4
+    pieces = [(2, 0, 70), (0, 37, 9), (3, 5, 1)]  # row, first position, how many
+    keys, values = some(128, heads, size, channels), some(128, heads, size, channels)
+    tables = (torch.randperm(127)[: 4 * 20].view(4, 20) + 1).to(DEVICE)
+    rows = torch.tensor([row for row, _, count in pieces for _ in range(count)] + [1, 1], device=DEVICE)
+    positions = [position for _, start, count in pieces for position in range(start, start + count)]
+    tiles = torch.tensor([[0, TILE, 70, 79, 0, 0], [TILE, 70 - TILE, 9, 1, 0, 0]], device=DEVICE)
+    query = some(len(rows), heads, channels)
+    where = tables, rows, torch.tensor([*positions, 0, 0], device=DEVICE)
+    ours = attend_prompts(query.clone(), keys, values, *where, tiles, block=16)
+    first = 0
+    for row, start, count in pieces:
+        ks, vs = in_order(keys, tables[row], start + count), in_order(values, tables[row], start + count)
+        scores = torch.einsum("qhd,hnd->hqn", query[first : first + count].float(), ks.float()) / math.sqrt(channels)
+        unseen = torch.ones(count, start + count, dtype=torch.bool, device=DEVICE).triu(start + 1)
+        weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+        close(ours[first : first + count], torch.einsum("hqn,hnd->qhd", weights, vs.float()).flatten(1).to(DTYPE))
+        first += count

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from mqwen.engine.adapters import Adapters
 from mqwen.engine.cuda import network
 from mqwen.engine.cuda.network import FEW, Network, Tables
+from mqwen.engine.cuda.runner import PIECES, PromptStep
 from mqwen.engine.request import Request
 from mqwen.engine.runner import Runner
 from mqwen.engine.scheduler import Work
@@ -18,7 +19,7 @@ from mqwen.model import MQWenConfig, MQWenLMHeadModel
 
 SIZE = 16
 # A card multiplies float32 by its tensor cores, in fewer bits.
-CLOSE = {"atol": 5e-3, "rtol": 1e-2} if torch.cuda.is_available() else {"atol": 1e-5, "rtol": 1e-4}
+CLOSE = {"atol": 1e-2, "rtol": 1e-2} if torch.cuda.is_available() else {"atol": 1e-5, "rtol": 1e-4}
 CONFIG = MQWenConfig(
     vocab_size=320,
     hidden_size=64,
@@ -33,14 +34,16 @@ CONFIG = MQWenConfig(
 )
 
 
-def test_decoding_is_that_of_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_do_what_plain_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, a whole one and one's second half among them; then decoding, at each kind of product."""
     monkeypatch.setattr(network, "OVERLAP", torch.cuda.is_available())  # the interpreter has no kernel before another
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MQWenLMHeadModel(CONFIG).eval().to(device)
     draw = np.random.default_rng(0)
     lengths = [5, 33, 100, 70, 2, 16, 17, 31, 64, 90, 12, 44, 55, 66, 77, 88, 99]
-    runner = Runner(model, Adapters(model, {}), rows=len(lengths), max_length=160, blocks=160, size=SIZE)
+    count = len(lengths)
+    runner = Runner(model, Adapters(model, {}), rows=count + 1, max_length=160, blocks=160, size=SIZE)
     blocks = iter(draw.permutation(np.arange(1, 160)).tolist())
     sequences = []
     for row, length in enumerate(lengths):
@@ -57,22 +60,49 @@ def test_decoding_is_that_of_plain_torch(monkeypatch: pytest.MonkeyPatch) -> Non
         runner.ids, runner._blocks, runner._rotary_places, runner.rotary.angles, runner.rotary.logn, SIZE
     )  # fmt: skip
     cache = runner._cache.layers
+
+    def take_back(before: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for now, old in zip(cache, before, strict=True):
+            for some, same in zip(now, old, strict=True):
+                some.copy_(same)
+
+    def copied() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(keys.clone(), values.clone()) for keys, values in cache]
+
+    def same_cache(expected: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for now, theirs in zip(cache, expected, strict=True):
+            for some, one in zip(now, theirs, strict=True):
+                torch.testing.assert_close(some[1:], one[1:], **CLOSE)  # the first block is nobody's
+
     with torch.inference_mode():
-        logits, rows, positions = runner.forward([Work(s, 0, n, True) for s, n in zip(sequences, lengths, strict=True)])
-        runner.ids[rows, positions] = logits.argmax(-1)
-        before = [(keys.clone(), values.clone()) for keys, values in cache]
+        works = [Work(s, 0, n, True) for s, n in zip(sequences, lengths, strict=True)]
         kernels = Network(model, cache, tables)
-        for count in (1, 3, FEW + 1):
-            for (keys, values), (old_keys, old_values) in zip(cache, before, strict=True):
-                keys.copy_(old_keys)
-                values.copy_(old_values)
-            works = [Work(s, n, n + 1, True) for s, n in zip(sequences[:count], lengths, strict=False)]
+        runner.forward([Work(sequences[2], 0, 41, False)])
+        works[2] = Work(sequences[2], 41, 100, True)
+        works[3] = Work(sequences[3], 0, 69, False)
+        before = copied()
+        expected, _, _ = runner.forward(works)
+        written = copied()
+        take_back(before)
+        starts = np.array([work.start for work in works])
+        step = PromptStep(kernels, 1024, PIECES, count, device)
+        step.begin(
+            np.arange(count), starts, np.array(lengths) - starts - (np.arange(count) == 3), np.arange(count) != 3
+        )
+        torch.testing.assert_close(step.logits()[: count - 1], expected, **CLOSE)
+        same_cache(written)
+
+        logits, rows, positions = runner.forward([Work(sequences[3], 69, 70, True)])
+        expected = torch.cat((expected[:3], logits, expected[3:]))
+        runner.ids[torch.arange(count), torch.tensor(lengths)] = expected.argmax(-1)
+        rows, positions = torch.arange(count, device=device), torch.tensor(lengths, device=device)
+        before = copied()
+        for several in (1, 3, FEW + 1):
+            take_back(before)
+            works = [Work(s, n, n + 1, True) for s, n in zip(sequences[:several], lengths, strict=False)]
             expected, _, _ = runner.forward(works)
-            written = [keys.clone() for keys, _ in cache]
-            for (keys, values), (old_keys, old_values) in zip(cache, before, strict=True):
-                keys.copy_(old_keys)
-                values.copy_(old_values)
-            ours = kernels.decode(rows[:count], positions[:count])
+            written = copied()
+            take_back(before)
+            ours = kernels.decode(rows[:several], positions[:several])
             torch.testing.assert_close(ours, expected, **CLOSE)
-            for (keys, _), theirs in zip(cache, written, strict=True):
-                torch.testing.assert_close(keys, theirs, **CLOSE)
+            same_cache(written)

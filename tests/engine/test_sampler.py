@@ -29,15 +29,26 @@ def sample(
     count = len(logits)
     sampler = Sampler(count, logits.shape[1], logits.device)
     requests = [Request(str(i), PROMPT, **one) for i, one in enumerate(options)]
-    for i, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
-        sampler.admit(count - 1 - i, request, seed, PROMPT, np.array(answer, np.int64))
     rows = torch.arange(count - 1, -1, -1)
+    sampler.admit(rows.tolist(), requests, seeds, [np.array(answer, np.int64)] * count)
     wanted = max((one.logprobs for one in requests if one.logprobs is not None), default=None)
     return sampler.sample(logits, rows, torch.full((count,), 9), requests, wanted)
 
 
 def random_logits(rows: int, vocabulary: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def warped(logits: torch.Tensor, options: dict[str, Any], ids: Sequence[int] = PROMPT) -> torch.Tensor:
+    """What transformers makes of the logits (1, V) after the tokens `ids`."""
+    processors = LogitsProcessorList()
+    if penalty := options.get("repetition_penalty"):
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    processors.append(TemperatureLogitsWarper(options["temperature"]))
+    for name, warper in {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}.items():
+        if name in options:
+            processors.append(warper(options[name]))
+    return processors(torch.tensor([ids]), logits)
 
 
 def test_temperature_zero_is_argmax() -> None:
@@ -62,15 +73,8 @@ def test_temperature_zero_is_argmax() -> None:
 )
 def test_distribution_is_that_of_transformers(options: dict[str, Any]) -> None:
     logits = random_logits(1, 12, 1)
-    processors = LogitsProcessorList()
-    if penalty := options.get("repetition_penalty"):
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-    processors.append(TemperatureLogitsWarper(options["temperature"]))
-    for name, warper in {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}.items():
-        if name in options:
-            processors.append(warper(options[name]))
     answer = [2, 2, 9]
-    expected = processors(torch.tensor([[*PROMPT, *answer]]), logits).softmax(-1)[0]
+    expected = warped(logits, options, [*PROMPT, *answer]).softmax(-1)[0]
     draws = 20_000
     drawn = sample(logits.expand(draws, -1), [options] * draws, seeds=range(draws), answer=answer).tokens
     counts = torch.bincount(drawn, minlength=12).double()
@@ -98,8 +102,7 @@ def test_presence_and_frequency_penalties_by_their_formula() -> None:
 def test_penalties_count_what_was_sampled_and_touch_no_neighbour() -> None:
     sampler = Sampler(2, 4, torch.device("cpu"))
     penalized, plain = Request("a", [0], presence_penalty=5.0), Request("b", [0])
-    sampler.admit(0, penalized, 1, [0], np.array([], np.int64))
-    sampler.admit(1, plain, 1, [0], np.array([], np.int64))
+    sampler.admit([0, 1], [penalized, plain], [1, 1], [np.array([], np.int64)] * 2)
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).expand(2, -1)
     rows = torch.arange(2)
     drawn = [sampler.sample(logits, rows, rows, [penalized, plain]).tokens.tolist() for _ in range(4)]

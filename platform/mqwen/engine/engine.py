@@ -100,7 +100,7 @@ class Engine:
         self, model: "MQWenLMHeadModel", processor: "MQWenProcessor", settings: EngineSettings | None = None
     ) -> None:
         settings = settings or EngineSettings()
-        self._model = model
+        self._weights = list(model.parameters())
         adapters = Adapters(model, settings.adapters)
         max_length = settings.max_length or model.config.seq_length
         blocks = count_blocks(model, settings.block_size, max_length, settings.max_batch_size, settings.kv_cache_bytes)
@@ -262,8 +262,10 @@ class Engine:
             self._loading += len(sequences)
         ready: list[Sequence] = []
         try:
-            loaded = await asyncio.gather(*(self._intake.load(sequence) for sequence in sequences))
-            ready = [sequence for sequence, good in zip(sequences, loaded, strict=True) if good]
+            loading = [sequence for sequence in sequences if self._intake.loads(sequence)]
+            loaded = await asyncio.gather(*(map(self._intake.load, loading))) if loading else []
+            failed = {id(sequence) for sequence, good in zip(loading, loaded, strict=True) if not good}
+            ready = [sequence for sequence in sequences if id(sequence) not in failed]
         finally:
             with self._changed:
                 self._loading -= len(sequences)
@@ -305,7 +307,7 @@ class Engine:
             self._arrived.clear()
             self._aborted.clear()
         if arrived:
-            version = weights_version(self._model)
+            version = weights_version(self._weights)
             self._pictures.version = version
             for sequence in arrived:
                 sequence.root = f"{version} {sequence.request.adapter} {sequence.alpha}".encode()
@@ -320,10 +322,13 @@ class Engine:
         """Starts a step; on a GPU it is still running afterwards."""
         self._observer.admitted([sequence for sequence in step.admitted if not sequence.completion_tokens])
         self._runner.prepare(step)
-        for sequence in step.admitted:
-            assert sequence.row is not None
-            request, answer = sequence.request, sequence.ids[sequence.prompt_tokens : sequence.known]
-            self._sampler.admit(sequence.row, request, sequence.seed, request.input_ids, answer)
+        if step.admitted:
+            self._sampler.admit(
+                [sequence.row for sequence in step.admitted if sequence.row is not None],
+                [sequence.request for sequence in step.admitted],
+                [sequence.seed for sequence in step.admitted],
+                [sequence.ids[sequence.prompt_tokens : sequence.known] for sequence in step.admitted],
+            )
         missing = [
             (picture, work.sequence.request.adapter)
             for work in step.works
@@ -418,9 +423,9 @@ class Launched:
         return self.sampled.tokens.tolist()
 
 
-def weights_version(model: torch.nn.Module) -> str:
+def weights_version(weights: Iterable[torch.Tensor]) -> str:
     """Another one after each change of a weight in place: keys and values, and features, of the old ones are none."""
-    return str(sum(0 if one.is_inference() else one._version for one in model.parameters()))
+    return str(sum(0 if one.is_inference() else one._version for one in weights))
 
 
 async def _whole(sequence: Sequence) -> TokenEvent:

@@ -39,7 +39,8 @@ class Intake:
         rotary: RotaryTable,
         max_length: int,
     ) -> None:
-        self._config, self._pictures, self._adapters, self._rotary = config, pictures, adapters, rotary
+        self._pictures, self._adapters, self._rotary = pictures, adapters, rotary
+        self._vocabulary, self._image, self._width = config.vocab_size, config.image_token_id, config.image_positions
         self._max_length = max_length
         self._grammars = GrammarCompiler(tokenizer, config.vocab_size)
         self._token_bytes = token_bytes(tokenizer)
@@ -50,13 +51,16 @@ class Intake:
         if request.adapter is not None and request.adapter not in self._adapters.numbers:
             known = ", ".join(self._adapters.numbers) or "none"
             raise UnknownAdapterError(f"adapter {request.adapter!r} is not loaded; there are: {known}", "adapter")
-        rows = self._config.vocab_size
         ids = np.array(request.input_ids, dtype=np.int64)
-        wrong = ids[(ids < 0) | (ids >= rows)]
+        wrong = ids[(ids < 0) | (ids >= self._vocabulary)]
         if not len(ids) or len(wrong):
-            message = f"token {wrong[0]} is not in the vocabulary of {rows}" if len(ids) else "the prompt is empty"
+            message = (
+                f"token {wrong[0]} is not in the vocabulary of {self._vocabulary}"
+                if len(ids)
+                else "the prompt is empty"
+            )
             raise RequestError(message, "input_ids")
-        ids, starts = expand_pictures(ids, self._config.image_token_id, self._config.image_positions)
+        ids, starts = expand_pictures(ids, self._image, self._width)
         if len(starts) != len(request.pictures):
             message = f"{len(request.pictures)} pictures were given for {len(starts)} placeholders in the prompt"
             raise InvalidPictureError(message, "pictures")
@@ -69,6 +73,11 @@ class Intake:
         sequence = Sequence(request, ids, starts, limit, TextStream(self._token_bytes, request.stop), outbox)
         sequence.alpha = self._rotary.alpha(len(ids))
         return sequence
+
+    def loads(self, sequence: Sequence) -> bool:
+        """Whether `load` has anything to do."""
+        request = sequence.request
+        return bool(request.pictures) or request.json_schema is not None or request.regex is not None
 
     async def load(self, sequence: Sequence) -> bool:
         """Decodes its pictures and compiles its grammar, in threads. False where that failed the request."""

@@ -21,17 +21,22 @@ Ints = NDArray[np.int64]
 
 
 class PagedCache:
-    """Keys and values of all layers, in blocks of `size` positions."""
+    """Keys and values of all layers, in blocks of `size` positions; what a head has of a block lies side by side."""
 
     def __init__(self, layers: int, blocks: int, size: int, heads: int, channels: int, like: Tensor) -> None:
-        self.size = size
-        data = torch.zeros((layers, 2, blocks * size, heads, channels), dtype=like.dtype, device=like.device)
-        self.layers = [(layer[0], layer[1]) for layer in data]  # (positions of all blocks, H, D)
+        self.size, self.heads = size, heads
+        data = torch.zeros((layers, 2, blocks, heads, size, channels), dtype=like.dtype, device=like.device)
+        self.layers = [(layer[0], layer[1]) for layer in data]  # (blocks, H, size, D)
 
-    def gather(self, flat: Tensor, blocks: Tensor, rows: int) -> Tensor:
-        """(rows, H, K, D): the blocks (rows * K / size,) one after the other."""
-        paged = flat.view(-1, self.size * flat.shape[1] * flat.shape[2])
-        return paged.index_select(0, blocks).view(rows, -1, *flat.shape[1:]).transpose(1, 2)
+    def pages(self, blocks: Tensor) -> Tensor:
+        """(B * H * K / size,): where each head's part of the blocks (B, K / size) lies, for `gather`."""
+        heads = torch.arange(self.heads, device=blocks.device).unsqueeze(1)
+        return (blocks.unsqueeze(1) * self.heads + heads).flatten()
+
+    def gather(self, paged: Tensor, pages: Tensor, rows: int) -> Tensor:
+        """(rows, H, K, D), from the keys or values of a layer."""
+        flat = paged.view(-1, self.size * paged.shape[3])
+        return flat.index_select(0, pages).view(rows, self.heads, -1, paged.shape[3])
 
 
 def count_blocks(model: "MQWenLMHeadModel", size: int, max_length: int, rows: int, wanted: int | None) -> int:
@@ -59,25 +64,26 @@ class Group:
     """Sequences with nearly as many queries each, so that one padded product serves them.
 
     queries: (B * Q,), places of the queries in the step, the last of a sequence repeated; None: the first B places.
-    blocks: (B * K / size,). mask: (B, 1, Q, K), 0 where a query sees a key, else -inf.
+    pages: see `PagedCache.pages`. mask: (B, 1, Q, K), 0 where a query sees a key, else -inf.
     """
 
     rows: int
     queries: Tensor | None
-    blocks: Tensor
+    pages: Tensor
     mask: Tensor
 
 
 class PagedPlan:
     """What the model's blocks need of a step: see `mqwen.model.attention.AttentionPlan`.
 
-    cos, sin: (1, T, D / 2). logn: (1, T) or None. slots: (T,), where each token's key and value go. back: places of
-    the tokens in the padded output of all groups, or None where the one group has no padding.
+    cos, sin: (1, T, D / 2). logn: (1, T) or None. slots: blocks (T,), and places in these (T,), of each token's key and
+    value. back: places of the tokens in the padded output of all groups, or None where the one group has no padding.
     """
 
     def __init__(
-        self, cache: PagedCache, rotary: tuple[Tensor, Tensor, Tensor | None], slots: Tensor, groups: list[Group]
-    ) -> None:
+        self, cache: PagedCache, rotary: tuple[Tensor, Tensor, Tensor | None], slots: tuple[Tensor, Tensor],
+        groups: list[Group],
+    ) -> None:  # fmt: skip
         self.cos, self.sin, self.logn = rotary
         self._cache, self._slots, self._groups = cache, slots, groups
         self.back: Tensor | None = None
@@ -85,8 +91,8 @@ class PagedPlan:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """query, key, value: (1, T, H, D). Takes keys and values into the cache, then (1, T, H, D)."""
         keys, values = self._cache.layers[layer]
-        keys.index_copy_(0, self._slots, key[0])
-        values.index_copy_(0, self._slots, value[0])
+        keys.transpose(1, 2).index_put_(self._slots, key[0])
+        values.transpose(1, 2).index_put_(self._slots, value[0])
         parts = [self._attend(query[0], keys, values, group) for group in self._groups]
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (mixed if self.back is None else mixed.index_select(0, self.back)).unsqueeze(0)
@@ -95,7 +101,7 @@ class PagedPlan:
         """(B * Q, H, D)."""
         q = query[: group.rows] if group.queries is None else query.index_select(0, group.queries)
         q = q.view(group.rows, -1, *q.shape[1:]).transpose(1, 2)
-        k, v = (self._cache.gather(flat, group.blocks, group.rows) for flat in (keys, values))
+        k, v = (self._cache.gather(paged, group.pages, group.rows) for paged in (keys, values))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask).transpose(1, 2).flatten(0, 1)
 
 
@@ -111,8 +117,8 @@ def plan_step(
     """tables: (rows, blocks of a row). token_rows, positions: (T,). starts, counts: each work's first position and
     how many; works of one position come first."""
     size, singles = cache.size, int((counts == 1).sum())
-    slots = tables[token_rows, positions // size] * size + positions % size
-    groups, back = [], [np.arange(singles)]
+    slots = tables[token_rows, positions // size], positions % size
+    groups = []
     if singles:
         rows, at = token_rows[:singles], positions[:singles].unsqueeze(1)
         groups.append(_group(cache, tables, rows, at, int(starts[:singles].max()) + 1, None))
@@ -135,7 +141,6 @@ def plan_step(
     plan = PagedPlan(cache, rotary, slots, groups)
     if len(counts) > singles:
         order[:singles] = np.arange(singles)
-        order[:singles] = back[0]
         plan.back = to_device(order, tables.device)
     return plan
 
@@ -146,4 +151,4 @@ def _group(cache: PagedCache, tables: Tensor, rows: Tensor, at: Tensor, context:
     keys = torch.arange(blocks * cache.size, device=at.device)
     mask = torch.zeros((*at.shape, len(keys)), dtype=cache.layers[0][0].dtype, device=at.device)
     mask.masked_fill_(keys > at.unsqueeze(2), -torch.inf)
-    return Group(len(rows), queries, tables[rows, :blocks].flatten(), mask.unsqueeze(1))
+    return Group(len(rows), queries, cache.pages(tables[rows, :blocks]), mask.unsqueeze(1))

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,13 +32,23 @@ class Picture:
     """One picture of a request.
 
     key: hash of its content. pixels: uint8 (3, S, S); None where its features were cached when the request came.
-    features: (P, E), as long as its positions are being worked on.
+    features: (P, E), as long as its positions are being worked on. ready: of the features, on a card.
     """
 
     key: str
     source: Source
     pixels: NDArray[np.uint8] | None = None
     features: Tensor | None = None
+    ready: torch.cuda.Event | None = None
+
+    def take(self) -> Tensor:
+        """The features, for work of the current stream."""
+        assert self.features is not None
+        if self.ready is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.ready)
+            self.features.record_stream(stream)
+        return self.features
 
 
 class PictureEncoder:
@@ -55,6 +65,13 @@ class PictureEncoder:
         cache_bytes: int,
     ) -> None:
         self._model, self._processor, self._adapters = model, processor, adapters
+        self._encode_images: Callable[[Tensor], Tensor] = model.encode_images
+        self._stream: torch.cuda.Stream | None = None
+        if model.device.type == "cuda":
+            from mqwen.engine.cuda.pictures import PictureGraphs
+
+            self._encode_images = graphs = PictureGraphs(model, batch)
+            self._stream = graphs.stream
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="picture")
         self._batch = batch
         self.cache = FeatureCache(cache_bytes)
@@ -90,7 +107,20 @@ class PictureEncoder:
         return f"{self.version} {adapter if self._adapters.change_pictures(adapter) else ''} {picture.key}"
 
     def encode(self, pictures: Sequence[tuple[Picture, str | None]]) -> None:
-        """Gives each picture, with the adapter of its request, its features on the model's device."""
+        """Gives each picture, with the adapter of its request, its features on the model's device.
+
+        A card does this beside the work of the current stream.
+        """
+        if self._stream is None:
+            self._encode_all(pictures)
+            return
+        with torch.cuda.stream(self._stream):
+            self._encode_all(pictures)
+            ready = self._stream.record_event()
+        for picture, _ in pictures:
+            picture.ready = ready
+
+    def _encode_all(self, pictures: Sequence[tuple[Picture, str | None]]) -> None:
         wanted = {self._cached_as(picture, adapter): (picture, adapter) for picture, adapter in pictures}
         known = {name: features for name in wanted if (features := self.cache.get(name)) is not None}
         missing = [(name, *one) for name, one in wanted.items() if name not in known]
@@ -107,11 +137,14 @@ class PictureEncoder:
     def _encode(self, named: list[tuple[str, Picture]], adapter: str | None) -> dict[str, Tensor]:
         # Decoded here where the features were cached when the request came, and have left since.
         pixels = [self._pixels(one.source) if one.pixels is None else one.pixels for _, one in named]
+        encode = self._encode_images if adapter is None else self._model.encode_images
         with self._adapters.for_pictures(adapter):
-            encoded = self._model.encode_images(torch.from_numpy(np.stack(pixels)))
-        for (name, _), features in zip(named, encoded, strict=True):
-            self.cache.put(name, features)
-        return {name: features for (name, _), features in zip(named, encoded, strict=True)}
+            encoded = encode(torch.from_numpy(np.stack(pixels)))
+        # Copies: a view would keep the whole batch alive.
+        features = {name: one.clone() for (name, _), one in zip(named, encoded, strict=True)}
+        for name, one in features.items():
+            self.cache.put(name, one)
+        return features
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -134,7 +167,6 @@ class FeatureCache:
             return feature
 
     def put(self, key: str, feature: Tensor) -> None:
-        feature = feature.clone()  # a view would keep the whole encoded batch alive
         with self._lock:
             if key in self._entries:
                 return

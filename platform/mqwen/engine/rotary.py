@@ -18,10 +18,11 @@ class RotaryTable:
     """
 
     def __init__(self, config: "MQWenConfig", max_length: int, device: torch.device) -> None:
-        self._max_length = max_length
-        self._seq_length = config.seq_length if config.use_dynamic_ntk else max_length
+        seq_length = config.seq_length if config.use_dynamic_ntk else max_length
         lengths = torch.arange(1, max_length + 1)
-        alphas = ntk_alpha(lengths, self._seq_length).unique()
+        of_lengths = ntk_alpha(lengths, seq_length)
+        self._alphas = of_lengths.tolist()
+        alphas = of_lengths.unique()
         positions = torch.arange(max_length).unsqueeze(0)
         tables = [
             torch.cat(rotary_tables(positions, alpha.view(1, 1), config.rotary_dim, config.rotary_emb_base), dim=-1)
@@ -34,7 +35,7 @@ class RotaryTable:
 
     def alpha(self, prompt_tokens: int) -> float:
         """Of a sequence that begins with a prompt so long."""
-        return ntk_alpha(torch.tensor(prompt_tokens), self._seq_length).item()
+        return self._alphas[prompt_tokens - 1]
 
     def place(self, alpha: float) -> int:
         """What is to be added to a position of a sequence with this α, to find it in the table."""

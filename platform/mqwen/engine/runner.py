@@ -47,16 +47,24 @@ class Runner:
 
     def prepare(self, step: Step) -> None:
         """Writes what is new in a step into the tables."""
-        for sequence in step.admitted:
-            row = sequence.row
-            assert row is not None
-            self.ids[row, : sequence.known] = self._send(sequence.ids[: sequence.known])
-            self._blocks[row, : len(sequence.blocks)] = self._send(np.array(sequence.blocks))
-            self._rotary_places[row] = self.rotary.place(sequence.alpha)
-            self._adapter_numbers[row] = self._adapters.numbers.get(sequence.request.adapter or "", 0)
-        if step.grown:
-            rows, places, blocks = self._send(np.array(step.grown).T)
-            self._blocks[rows, places] = blocks
+        blocks = list(step.grown)
+        if step.admitted:
+            ids, settings = [], []
+            for sequence in step.admitted:
+                row = sequence.row
+                assert row is not None
+                known = np.arange(sequence.known)
+                ids.append(np.stack((np.full(len(known), row), known, sequence.ids[: sequence.known])))
+                adapter = self._adapters.numbers.get(sequence.request.adapter or "", 0)
+                settings.append((row, self.rotary.place(sequence.alpha), adapter))
+                blocks += [(row, place, block) for place, block in enumerate(sequence.blocks)]
+            rows, positions, tokens = self._send(np.concatenate(ids, axis=1))
+            self.ids[rows, positions] = tokens
+            rows, places, adapters = self._send(np.array(settings).T)
+            self._rotary_places[rows], self._adapter_numbers[rows] = places, adapters
+        if blocks:
+            rows, places, numbers = self._send(np.array(blocks).T)
+            self._blocks[rows, places] = numbers
 
     def forward(self, works: Many[Work]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (S, V) after the works that sample, and (S,) rows and positions of the tokens that follow."""
@@ -92,9 +100,8 @@ class Runner:
         for work, first in zip(works, firsts.tolist(), strict=True):
             for picture, at in work.sequence.pictures_between(work.start, work.stop, width):
                 start, stop = max(at, work.start), min(at + width, work.stop)
-                assert picture.features is not None
                 target = first - work.start
-                hidden[target + start : target + stop] = picture.features[start - at : stop - at]
+                hidden[target + start : target + stop] = picture.take()[start - at : stop - at]
 
     def _send(self, values: NDArray[Any]) -> Tensor:
         return to_device(values, self._device)

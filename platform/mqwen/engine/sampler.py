@@ -6,6 +6,7 @@ company, order and preemption change nothing.
 Shapes: S sequences that sample, V vocabulary, R rows.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from mqwen.engine.device import to_device
 from mqwen.engine.request import Request, TokenLogprob
+
+Ints = NDArray[np.int64]
 
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -68,19 +71,31 @@ class Sampler:
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self._generated: Tensor | None = None  # (R, V), how often the answer holds a token
         self._prompt: Tensor | None = None  # (R, V), whether the prompt does
+        self._draw_on_card: Callable[..., Tensor] | None = None
+        if device.type == "cuda":
+            from mqwen.engine.cuda.draw import draw as draw_on_card  # brings Triton, which only such a machine has
 
-    def admit(self, row: int, request: Request, seed: int, prompt: Many[int], answer: NDArray[np.int64]) -> None:
-        """prompt: its tokens, pictures not expanded. answer: what is generated of it so far."""
-        self._settings[row] = self._send(np.array([getattr(request, name) for name in SETTINGS], np.float32))
-        self._seeds[row] = seed
-        if penalizes(request):
-            if self._generated is None:
-                self._generated = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
-                self._prompt = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
-            assert self._prompt is not None
-            self._prompt[row] = False
-            self._prompt[row, self._send(np.array(prompt))] = True
-            self._generated[row] = self._send(np.bincount(answer, minlength=self._shape[1]).astype(np.int32))
+            self._draw_on_card = draw_on_card
+
+    def admit(self, rows: Many[int], requests: Many[Request], seeds: Many[int], answers: Many[Ints]) -> None:
+        """Requests that run from now on. answers: what is generated of each so far."""
+        places = self._send(np.array(rows))
+        settings = [[getattr(request, name) for name in SETTINGS] for request in requests]
+        self._settings[places] = self._send(np.array(settings, np.float32))
+        self._seeds[places] = self._send(np.array(seeds))
+        for row, request, answer in zip(rows, requests, answers, strict=True):
+            if penalizes(request):
+                self._admit_penalized(row, request.input_ids, answer)
+
+    def _admit_penalized(self, row: int, prompt: Many[int], answer: Ints) -> None:
+        """prompt: its tokens, pictures not expanded."""
+        if self._generated is None:
+            self._generated = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+            self._prompt = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+        assert self._prompt is not None
+        self._prompt[row] = False
+        self._prompt[row, self._send(np.array(prompt))] = True
+        self._generated[row] = self._send(np.bincount(answer, minlength=self._shape[1]).astype(np.int32))
 
     def sample(
         self,
@@ -98,42 +113,38 @@ class Sampler:
         may come.
         """
         penalized = any(map(penalizes, requests))
-        if not (penalized or allowed is not None or logprobs is not None or any(map(draws, requests))):
-            return Sampled(logits.argmax(dim=-1))
-        logits = logits.float()
         raw = logits
-        settings = self._settings[rows].T.unsqueeze(2)  # a column (S, 1) each
         if penalized:
-            logits = self._penalize(logits, rows, *settings[4:])
+            logits = self._penalize(logits.float(), rows)
         if allowed is not None:
             bits = self._send(allowed).unsqueeze(2) >> torch.arange(32, device=self._device, dtype=torch.int32)
             logits = logits.masked_fill((bits & 1).flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
-        tokens = logits.argmax(dim=-1)
-        if any(map(draws, requests)):
-            temperature, top_p, top_k, min_p = settings[:4]
-            drawn = draw(
-                (logits - logits.amax(dim=-1, keepdim=True)) / temperature.where(temperature > 0, 1),
-                uniform(self._seeds[rows], positions),
-                top_p,
-                top_k if any(map(sorts, requests)) else None,
-                min_p,
-            )
-            tokens = drawn.where(temperature[:, 0] > 0, tokens)
+        if self._draw_on_card is not None:
+            tokens = self._draw_on_card(logits, self._settings, self._seeds, rows, positions)
+        elif not any(map(draws, requests)):
+            tokens = logits.argmax(dim=-1)
+        else:
+            tokens = self._draw(logits.float(), rows, positions, any(map(sorts, requests)))
         if penalized:
             assert self._generated is not None
             self._generated[rows, tokens] += 1
         if logprobs is None:
             return Sampled(tokens)
-        every = raw.log_softmax(dim=-1)
+        every = raw.float().log_softmax(dim=-1)
         values, likeliest = every.topk(logprobs)
         return Sampled(tokens, every.gather(1, tokens.unsqueeze(1)).squeeze(1), (values, likeliest))
 
-    def _penalize(
-        self, logits: Tensor, rows: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
-    ) -> Tensor:
+    def _draw(self, logits: Tensor, rows: Tensor, positions: Tensor, sorts: bool) -> Tensor:
+        temperature, top_p, top_k, min_p = self._settings[rows].T.unsqueeze(2)[:4]  # a column (S, 1) each
+        scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.where(temperature > 0, 1)
+        drawn = draw(scores, uniform(self._seeds[rows], positions), top_p, top_k if sorts else None, min_p)
+        return drawn.where(temperature[:, 0] > 0, logits.argmax(dim=-1))
+
+    def _penalize(self, logits: Tensor, rows: Tensor) -> Tensor:
         """A sequence without penalties has the factors 1, 0, 0, which change nothing, whatever its rows hold."""
         assert self._generated is not None
         assert self._prompt is not None
+        repetition, presence, frequency = self._settings[rows].T.unsqueeze(2)[4:]
         counts = self._generated[rows]
         seen = (counts > 0) | self._prompt[rows]
         factors = torch.where(logits > 0, 1 / repetition, repetition)

@@ -7,7 +7,7 @@ from mqwen.engine.blocks import BlockPool
 from mqwen.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
     """Positions start to stop of a sequence. samples: the next token follows from the last of them."""
 

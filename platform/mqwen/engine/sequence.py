@@ -50,6 +50,7 @@ class Sequence:
         self.aborted = False
         self.outbox = outbox
         self._text = text
+        self._untold: tuple[list[int], list[str], list[TokenLogprob]] = ([], [], [])  # of what the next event tells
 
     @property
     def completion_tokens(self) -> int:
@@ -61,7 +62,8 @@ class Sequence:
         return self.length - self.computed == 1 and self.length < len(self.ids)
 
     def add(self, token: int, stop_ids: frozenset[int], logprob: TokenLogprob | None) -> None:
-        """Takes a sampled token and tells the reader; afterwards `finish_reason` says whether it was the last."""
+        """Takes a sampled token; afterwards `finish_reason` says whether it was the last. Tells a reader who streams at
+        once, others at the end."""
         self.ids[self.known] = token
         self.known += 1
         if self.grammar is not None:
@@ -76,14 +78,23 @@ class Sequence:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self._text.flush()
-        logprobs = () if logprob is None else (logprob,)
-        self.outbox.put(
-            TokenEvent((token,), text, self.finish_reason, self.prompt_tokens, self.completion_tokens, logprobs)
-        )
+        tokens, texts, logprobs = self._untold
+        tokens.append(token)
+        texts.append(text)
+        if logprob is not None:
+            logprobs.append(logprob)
+        if self.outbox.streams or self.finish_reason is not None:
+            self._tell()
 
     def end_aborted(self) -> None:
         self.finish_reason = "abort"
-        self.outbox.put(TokenEvent((), "", "abort", self.prompt_tokens, self.completion_tokens))
+        self._tell()
+
+    def _tell(self) -> None:
+        (tokens, texts, logprobs), counts = self._untold, (self.prompt_tokens, self.completion_tokens)
+        self.outbox.put(TokenEvent(tuple(tokens), "".join(texts), self.finish_reason, *counts, tuple(logprobs)))
+        for told in self._untold:
+            told.clear()
 
     def pictures_between(self, start: int, stop: int, width: int) -> list[tuple[Picture, int]]:
         """Pictures of `width` positions that have some from `start` to `stop`, with their first position."""
@@ -111,6 +122,8 @@ class Sequence:
 
 def expand_pictures(ids: np.ndarray, image_token_id: int, width: int) -> tuple[np.ndarray, list[int]]:
     """Each placeholder `width` times, and where each one's first stands now."""
+    if image_token_id not in ids:
+        return ids, []
     repeats = np.where(ids == image_token_id, width, 1)
     first = np.array([0, *accumulate(repeats[:-1].tolist())])
     return np.repeat(ids, repeats), first[ids == image_token_id].tolist()

@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
-from mqwen.engine.cuda.kernels import Scratch, add_norm, attend, begin, silu_mul, take_in
+from mqwen.engine.cuda.kernels import Scratch, add_norm, attend, attend_prompts, begin, silu_mul, take_in
 from mqwen.engine.cuda.products import gated_product, product, rows_product
-from mqwen.model.attention import CAUSAL
 
 if TYPE_CHECKING:
     from mqwen.model import MQWenLMHeadModel
 
-OVERLAP = True  # of kernels of one row: see products.py
+OVERLAP = True  # of up to FEW rows' kernels: see products.py. More rows took 2 % longer
 FEW = 16  # rows up to which products of our own beat cuBLAS
 
 # Measured on an H200 with Qwen-1.8B: outputs of a program, inputs of a step of it, warps, and steps loaded ahead.
@@ -31,10 +29,10 @@ ROWS = {
     "qkv": (32, 128, 4, 4),
     "mixed": (16, 256, 4, 4),
     "gate": (32, 128, 4, 4),
-    "down": (16, 512, 4, 3),
+    "down": (16, 256, 2, 5),
     "head": (64, 128, 4, 4),
 }
-
+ATTENTION = {True: {"block": 64, "warps": 2, "stages": 2}, False: {"block": 32, "warps": 1, "stages": 3}}  # up to FEW
 
 Attention = Callable[[Tensor, int], Tensor]
 """Given queries, keys and values (rows, 3 C) of a layer, and its number: what the rows see, (rows, C)."""
@@ -75,7 +73,7 @@ class Tables:
 
 
 class Network:
-    """cache: keys and values of each layer, (slots, H, D) each."""
+    """cache: keys and values of each layer, (blocks, H, size, D) each."""
 
     def __init__(self, model: MQWenLMHeadModel, cache: list[tuple[Tensor, Tensor]], tables: Tables) -> None:
         self._layers = [Layer(block) for block in model.transformer.h]
@@ -87,42 +85,50 @@ class Network:
     def decode(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Logits (M, V) after the tokens at `positions` of `rows`, (M,) each, int64."""
         t = self._tables
-        x = self._embedding.new_empty(len(rows), self._embedding.shape[1])
-        turns = t.rotary.new_empty(len(rows), t.rotary.shape[1])
-        begin(t.ids, t.places, t.rotary, rows, positions, self._embedding, x, turns)
-        _, heads, channels = self._cache[0][0].shape
+        x, turns = self.room(len(rows))
+        self.begin(rows, positions, x, turns)
+        _, heads, _, channels = self._cache[0][0].shape
         scratch = Scratch(len(rows), heads, channels, splits_for(len(rows)), x.device)
 
         def attention(qkv: Tensor, layer: int) -> Tensor:
             keys, values = self._cache[layer]
-            mixed, overlap = torch.empty_like(x), OVERLAP and len(x) == 1
+            mixed, overlap = torch.empty_like(x), OVERLAP and len(x) <= FEW
             return attend(
-                qkv, turns, t.logn, keys, values, t.blocks, t.size, rows, positions, mixed, scratch, overlap
+                qkv, turns, t.logn, keys, values, t.blocks, rows, positions, mixed, scratch, overlap,
+                **ATTENTION[len(x) <= FEW],
             )  # fmt: skip
 
         if len(rows) == 1:
             return self._allowed(self._one(x, attention))
         if len(rows) <= FEW:
             return self._allowed(self._few(x, attention))
-        return self.logits(self._many(x, attention))
+        return self._logits(self._many(x, attention))
 
-    def prefill(self, x: Tensor, turns: Tensor, plan: Prompts) -> Tensor:
-        """x: (T, C), embeddings of prompts' tokens. turns: (T, D). Hidden states (T, C), normed."""
+    def room(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """For embeddings (T, C) and rotary factors (T, D)."""
+        t = self._tables
+        return self._embedding.new_empty(tokens, self._embedding.shape[1]), t.rotary.new_empty(
+            tokens, t.rotary.shape[1]
+        )
+
+    def begin(self, rows: Tensor, positions: Tensor, x: Tensor, turns: Tensor) -> None:
+        """Fills `room` for the tokens at `positions` of `rows`, (T,) each, int64."""
+        t = self._tables
+        begin(t.ids, t.places, t.rotary, rows, positions, self._embedding, x, turns)
+
+    def prefill(self, x: Tensor, turns: Tensor, prompts: Prompts) -> Tensor:
+        """Logits (P, V) after the last tokens. x, turns: as `begin` fills them; x, with pictures in it, is changed."""
         t = self._tables
 
         def attention(qkv: Tensor, layer: int) -> Tensor:
             keys, values = self._cache[layer]
-            query = take_in(qkv, turns, t.logn, plan.positions, keys, values, plan.slots)
-            keys, values = keys[plan.context], values[plan.context]
-            mixed = varlen_attn(
-                query, keys, values, plan.query_offsets, plan.key_offsets, plan.most_queries, plan.most_keys, **CAUSAL
-            )
-            assert isinstance(mixed, Tensor)
-            return mixed.flatten(1)
+            where = t.blocks, prompts.rows, prompts.positions
+            query = take_in(qkv, turns, t.logn, keys, values, *where)
+            return attend_prompts(query, keys, values, *where, prompts.tiles)
 
-        return self._many(x, attention)
+        return self._logits(self._many(x, attention, prompts.last))
 
-    def logits(self, normed: Tensor) -> Tensor:
+    def _logits(self, normed: Tensor) -> Tensor:
         return self._allowed(F.linear(normed, self._head))
 
     def _allowed(self, logits: Tensor) -> Tensor:
@@ -151,25 +157,27 @@ class Network:
         rows = len(x)
 
         def tile(name: str) -> dict[str, Any]:
-            return dict(zip(("block_n", "block_k", "warps", "stages"), ROWS[name], strict=True))
+            return dict(zip(("block_n", "block_k", "warps", "stages"), ROWS[name], strict=True), overlap=OVERLAP)
 
         for place, layer in enumerate(self._layers):
-            normed = add_norm(x, None, layer.norm_1, torch.empty_like(x), self._eps)
+            normed = add_norm(x, None, layer.norm_1, torch.empty_like(x), self._eps, OVERLAP)
             qkv = rows_product(normed, layer.qkv, x.new_empty(rows, len(layer.qkv)), bias=layer.bias, **tile("qkv"))
             mixed = attention(qkv, place)
             x = rows_product(mixed, layer.mixed, torch.empty_like(x), residual=x, **tile("mixed"))
-            normed = add_norm(x, None, layer.norm_2, normed, self._eps)
+            normed = add_norm(x, None, layer.norm_2, normed, self._eps, OVERLAP)
             wide = rows_product(normed, layer.up, x.new_empty(rows, len(layer.up)), gate=layer.gate, **tile("gate"))
             x = rows_product(wide, layer.down, torch.empty_like(x), residual=x, **tile("down"))
-        normed = add_norm(x, None, self._norm, torch.empty_like(x), self._eps)
+        normed = add_norm(x, None, self._norm, torch.empty_like(x), self._eps, OVERLAP)
         return rows_product(normed, self._head, x.new_empty(rows, len(self._head)), **tile("head"))
 
-    def _many(self, x: Tensor, attention: Attention) -> Tensor:
-        """(tokens, C), after the last norm. x is changed."""
+    def _many(self, x: Tensor, attention: Attention, last: Tensor | None = None) -> Tensor:
+        """(tokens, C), after the last norm; of the tokens `last` where these are given. x is changed."""
         normed = add_norm(x, None, self._layers[0].norm_1, torch.empty_like(x), self._eps)
         following = [layer.norm_1 for layer in self._layers[1:]] + [self._norm]
         for place, (layer, gain) in enumerate(zip(self._layers, following, strict=True)):
             mixed = attention(F.linear(normed, layer.qkv, layer.bias), place)
+            if last is not None and gain is self._norm:  # nothing needs more of the others than keys and values
+                mixed, x, normed = mixed[last], x[last], normed[: len(last)]
             add_norm(F.linear(mixed, layer.mixed), x, layer.norm_2, normed, self._eps)
             wide = silu_mul(F.linear(normed, layer.both), x.new_empty(len(x), len(layer.up)))
             add_norm(F.linear(wide, layer.down), x, gain, normed, self._eps)
@@ -178,16 +186,12 @@ class Network:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Pieces of prompts, one after the other, and all that is before each in the cache.
+    """Pieces of prompts, one after the other; what is before each is in the cache. All int64.
 
-    positions, slots: (T,), int64, of the tokens. context: slots of each piece's positions from 0 to its end.
-    query_offsets, key_offsets: int32, where each piece's queries and keys begin and end.
+    rows, positions: (T,), of the tokens. tiles: (2, N), see `attend_prompts`. last: (P,), tokens that another follows.
     """
 
+    rows: Tensor
     positions: Tensor
-    slots: Tensor
-    context: Tensor
-    query_offsets: Tensor
-    key_offsets: Tensor
-    most_queries: int
-    most_keys: int
+    tiles: Tensor
+    last: Tensor

@@ -127,7 +127,7 @@ def gated_product(
 def _rows_kernel(
     x, weight, gate, bias, residual, out, M, N,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
+    GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < N
@@ -136,6 +136,8 @@ def _rows_kernel(
     rows = tl.where(there, n, 0)[:, None].to(tl.int64) * K
     sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
     gates = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    if OVERLAP:
+        gdc_wait()
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         at = start + k
         inside = at < K
@@ -145,6 +147,8 @@ def _rows_kernel(
         if GATE:
             g = tl.load(gate + rows + at[None, :], mask=inside[None, :], other=0.0)
             gates = tl.dot(a, tl.trans(g), gates)
+    if OVERLAP:  # not earlier: waiting programs would take the working ones' room
+        gdc_launch_dependents()
     if GATE:
         sums = sums * gates * tl.sigmoid(gates)
     if BIAS:
@@ -159,15 +163,14 @@ def _rows_kernel(
 def rows_product(
     x: Tensor, weight: Tensor, out: Tensor, gate: Tensor | None = None, bias: Tensor | None = None,
     residual: Tensor | None = None, block_n: int = 16, block_k: int = 256, warps: int = 4, stages: int = 4,
+    overlap: bool = False,
 ) -> Tensor:  # fmt: skip
-    """out (M, N) = x (M, K) @ weight (N, K)^T, times silu(x @ gate^T), + bias + residual; for up to 64 rows.
-
-    These do not overlap: with several rows that took longer, as the waiting programs took the working ones' room.
-    """
+    """out (M, N) = x (M, K) @ weight (N, K)^T, times silu(x @ gate^T), + bias + residual; for up to 64 rows."""
     rows = x.shape[0]
     outputs, width = weight.shape
     _rows_kernel[(triton.cdiv(outputs, block_n),)](
         x, weight, gate, bias, residual, out, rows, outputs, width, max(16, triton.next_power_of_2(rows)), block_n,
-        block_k, gate is not None, bias is not None, residual is not None, stages, num_warps=warps,
+        block_k, gate is not None, bias is not None, residual is not None, stages, overlap, num_warps=warps,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out

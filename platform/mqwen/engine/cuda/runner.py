@@ -1,4 +1,4 @@
-"""The engine's runner on a card: decoding by captured graphs, prompts by the variable-length kernel."""
+"""The engine's runner on a card: decoding, and prompts of moderate length, by captured graphs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mqwen.engine.cuda.graph import capture
+from mqwen.engine.cuda.kernels import TILE
 from mqwen.engine.cuda.network import Network, Prompts, Tables
 from mqwen.engine.runner import Runner
 from mqwen.engine.scheduler import Work
 
 # A graph is captured for each of these counts of sequences; a step runs by the next larger one.
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+# The same for tokens of prompts: as many as the host takes longer to launch than the card to work on.
+TOKENS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048, 2560, 3072)
+PIECES = 32  # of prompts in a graph
+
+Ints = NDArray[np.int64]
 
 
 class Graph:
@@ -26,13 +33,9 @@ class Graph:
         self._input = torch.empty(2, count, dtype=torch.int64, device=device)
         self._input[0], self._input[1] = nobody, 0
         self._nobody = nobody
-        self._graph = torch.cuda.CUDAGraph()
-        network.decode(*self._input)  # compiles what it needs
-        torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._logits = network.decode(*self._input)
+        self._graph, self._logits = capture(lambda: network.decode(*self._input), pool)
 
-    def __call__(self, rows_and_positions: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, rows_and_positions: Ints) -> tuple[Tensor, Tensor, Tensor]:
         """(2, S), S up to `count`: logits (S, V), good until the next call, rows and positions on the device."""
         wanted = rows_and_positions.shape[1]
         host = torch.zeros(2, self.count, dtype=torch.int64, pin_memory=True)
@@ -41,6 +44,54 @@ class Graph:
         self._input.copy_(host, non_blocking=True)
         self._graph.replay()
         return self._logits[:wanted], self._input[0, :wanted], self._input[1, :wanted]
+
+
+class PromptStep:
+    """`Network.prefill` of up to so many tokens, in up to so many pieces of prompts."""
+
+    def __init__(self, network: Network, tokens: int, pieces: int, nobody: int, device: torch.device) -> None:
+        self.tokens, self._nobody, self._network = tokens, nobody, network
+        self._lengths = tokens, tokens, 2 * (tokens // TILE + pieces), pieces
+        self._packed = torch.zeros(sum(self._lengths), dtype=torch.int64, device=device)
+        rows, positions, tiles, last = self._packed.split(self._lengths)
+        rows.fill_(nobody)
+        self.prompts = Prompts(rows, positions, tiles.view(2, -1), last)
+        self.x, self._turns = network.room(tokens)
+        network.begin(rows, positions, self.x, self._turns)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def capture(self, pool: Any) -> PromptStep:
+        """Once, to be replayed; the logits are good until the next time."""
+        self._graph, self._logits = capture(self._prefill, pool)
+        return self
+
+    def begin(self, rows: Ints, starts: Ints, counts: Ints, samples: NDArray[np.bool_]) -> None:
+        """rows, starts, counts: of each piece; samples: whether a token follows from it. Fills x with embeddings."""
+        packed = np.zeros(len(self._packed), np.int64)
+        token_rows, positions, tiles, last = np.split(packed, np.cumsum(self._lengths)[:-1])
+        firsts, total = np.cumsum(counts) - counts, counts.sum()
+        token_rows[:total], token_rows[total:] = np.repeat(rows, counts), self._nobody
+        positions[:total] = np.repeat(starts - firsts, counts) + np.arange(total)
+        per = -(-counts // TILE)
+        tile_firsts, tile_counts = tiles.reshape(2, -1)[:, : per.sum()]
+        tile_firsts[:] = np.repeat(firsts, per) + TILE * (np.arange(per.sum()) - np.repeat(np.cumsum(per) - per, per))
+        tile_counts[:] = np.minimum(TILE, np.repeat(firsts + counts, per) - tile_firsts)
+        last[: samples.sum()] = (firsts + counts - 1)[samples]
+        sent = torch.from_numpy(packed)
+        self._packed.copy_(sent.pin_memory() if self._packed.is_cuda else sent, non_blocking=True)
+        self._network.begin(self.prompts.rows, self.prompts.positions, self.x, self._turns)
+
+    def logits(self) -> Tensor:
+        """(pieces, V), those that sample first."""
+        if self._graph is None:
+            return self._prefill()
+        self._graph.replay()
+        assert self._logits is not None
+        return self._logits
+
+    def _prefill(self) -> Tensor:
+        return self._network.prefill(self.x, self._turns, self.prompts)
 
 
 class CudaRunner(Runner):
@@ -53,11 +104,16 @@ class CudaRunner(Runner):
             self.ids, self._blocks, self._rotary_places, self.rotary.angles, self.rotary.logn, self._cache.size
         )
         self._network = Network(self._model, self._cache.layers, tables)
+        self._nobody = rows
         pool = torch.cuda.graph_pool_handle()
         self._graphs = [
             Graph(self._network, count, rows, self._device, pool)
             for count in reversed([count for count in COUNTS if count < rows] + [min(c for c in COUNTS if c >= rows)])
         ][::-1]
+        self._prompt_steps = [self._prompt_step(tokens, PIECES).capture(pool) for tokens in reversed(TOKENS)][::-1]
+
+    def _prompt_step(self, tokens: int, pieces: int) -> PromptStep:
+        return PromptStep(self._network, tokens, pieces, self._nobody, self._device)
 
     def forward(self, works: Many[Work]) -> tuple[Tensor, Tensor, Tensor]:
         if any(work.sequence.request.adapter for work in works):
@@ -85,28 +141,13 @@ class CudaRunner(Runner):
     def _prefill(self, works: Many[Work]) -> tuple[Tensor, Tensor, Tensor]:
         rows = np.array([work.sequence.row for work in works])
         starts = np.array([work.start for work in works])
-        stops = np.array([work.stop for work in works])
-        counts = stops - starts
-        firsts, contexts = np.cumsum(counts) - counts, np.cumsum(stops) - stops
-        token_rows, positions = self._send(
-            np.stack((np.repeat(rows, counts), np.repeat(starts - firsts, counts) + np.arange(counts.sum())))
-        )
-        key_rows, key_positions = self._send(
-            np.stack((np.repeat(rows, stops), np.arange(stops.sum()) - np.repeat(contexts, stops)))
-        )
-        offsets = self._send(
-            np.stack((np.append(firsts, counts.sum()), np.append(contexts, stops.sum()))).astype(np.int32)
-        )
-        size = self._cache.size
-        slots = self._blocks[token_rows, positions // size] * size + positions % size
-        context = self._blocks[key_rows, key_positions // size] * size + key_positions % size
-        plan = Prompts(
-            positions, slots, context, offsets[0], offsets[1], int(counts.max()), int(stops.max())
-        )  # fmt: skip
-        hidden = self._model.transformer.wte(self.ids[token_rows, positions])
-        self._put_pictures(hidden, works, firsts)
-        turns = self.rotary.angles[self._rotary_places[token_rows] + positions]
-        normed = self._network.prefill(hidden, turns, plan)
+        counts = np.array([work.stop for work in works]) - starts
         samples = np.array([work.samples for work in works])
-        last = self._send((firsts + counts - 1)[samples])
-        return self._network.logits(normed[last]), token_rows[last], positions[last] + 1
+        tokens, pieces = int(counts.sum()), len(works)
+        fitting = (step for step in self._prompt_steps if step.tokens >= tokens and pieces <= PIECES)
+        step = next(fitting, None) or self._prompt_step(tokens, pieces)
+        step.begin(rows, starts, counts, samples)
+        self._put_pictures(step.x, works, np.cumsum(counts) - counts)
+        logits = step.logits()[: samples.sum()]
+        last = step.prompts.last[: samples.sum()]
+        return logits, step.prompts.rows[last], step.prompts.positions[last] + 1
