@@ -128,6 +128,10 @@ def work(config: dict[str, Task]) -> None:
         saved = now
         notice.heard()
 
+    def accepts(step: int, loss: float, keys: Callable[[], list[str]], norm: float) -> bool:
+        saver.wait_for_copy()  # next the state changes
+        return guard.accepts(step, loss, keys, norm)
+
     def on_step(record: StepRecord) -> None:
         watchdog.alive()
         saver.check()
@@ -152,7 +156,7 @@ def work(config: dict[str, Task]) -> None:
     feed = task.feed
     held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
     data = Data(rows, feed.blank, held_out, task.cost.of, feed.epochs)
-    watch = Watch(on_step, on_checkpoint, on_evaluation, guard.accepts, notice.given)
+    watch = Watch(on_step, on_checkpoint, on_evaluation, accepts, notice.given)
     with watchdog.watching():
         last = train(settings, strategy, data, progress, watch)
     saver.wait()
