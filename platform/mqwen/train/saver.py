@@ -22,8 +22,8 @@ import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager, DefaultStager, StagingOptions
 from torch.utils._pytree import tree_leaves
 
 from mqwen.storage import Location, StorageError, locate, retried, workplace
@@ -43,7 +43,7 @@ class Saver:
         self._patience = settings.checkpoint.patience
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience) + UNEVEN)
         self._rank = dist.get_rank()
-        self._stager: DefaultStager | None = None
+        self._copier: _Copier | None = None
         self._copy: Future[Any] | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -113,14 +113,11 @@ class Saver:
         """A copy of the state on the CPU, which is there at once unless the state is on a GPU."""
         if not _on_gpu(state):
             copied = Future[Any]()
-            copied.set_result(BlockingAsyncStager().stage(state))
+            copied.set_result(StateDictStager().stage(state))
             return copied
-        if self._stager is None:
-            self._stager = DefaultStager(StagingOptions(use_shared_memory=False))  # keeps its memory for the next copy
-        torch.cuda.current_stream().synchronize()  # the step that made this state; the stager's stream waits for none
-        copying = self._stager.stage(state)
-        assert isinstance(copying, Future)
-        return copying
+        if self._copier is None:
+            self._copier = _Copier()
+        return self._copier.begin(state)
 
     def _write(self, state: dict[str, Any], progress: Progress, loss: float | None, beside: dict[str, bytes]) -> None:
         target, limit = step_folder(self._run, progress.step), time.monotonic() + self._patience
@@ -178,6 +175,28 @@ class Saver:
                     _clear(old)
         except (StorageError, CheckpointError) as error:
             print(f"warning: an old checkpoint stays: {error}", flush=True)
+
+
+class _Copier:
+    """Copies a GPU's state beside its computations, into pinned memory that is kept for the next copy.
+
+    torch's DefaultStager does not wait for what the state comes from, and before torch 2.13 it pins anew for each copy.
+    """
+
+    def __init__(self) -> None:
+        self._stager = StateDictStager(pin_memory=True, pin_memory_min_bytes=1 << 20)  # smaller ones share pages
+        self._stream = torch.cuda.Stream()
+        self._thread = ThreadPoolExecutor(1, "copy")
+
+    def begin(self, state: dict[str, Any]) -> Future[Any]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        return self._thread.submit(self._copy, state)
+
+    def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        with torch.cuda.stream(self._stream):
+            copy: dict[str, Any] = self._stager.stage(state, non_blocking=True)
+        self._stream.synchronize()
+        return copy
 
 
 def _on_gpu(state: dict[str, Any]) -> bool:
