@@ -189,6 +189,7 @@ def _held(settings: RunSettings, config: MQWenConfig, row: PlannedRow) -> float:
     for parameter in model.transformer.h.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None))
+    torch.compiler.reset()  # or another estimate's blocks would count as recompilations
     prepare(model, settings.compute, backend="aot_eager_decomp_partition")
     if settings.parallel.gpus_per_worker and isinstance(model.lm_head, Head):
         model.lm_head.kernel = _in_place
