@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mqwen.model import MQWenConfig
+from tests.benchmarks.h200.plan import plans
+
 ROOT = Path(__file__).parents[2]
 CASES = ["sft-full 64 eager", "sft-full 64 checkpoint", "align 64 answers"]
 
@@ -20,3 +23,12 @@ def test_the_benchmark_of_training_runs(tmp_path: Path) -> None:
     assert [case["name"] for case in found] == [*CASES, "bare loop on the stream's rows", "the same under Ray"]
     assert all(case["positions_per_s"] > 0 for case in found)
     assert found[1]["checkpoint"]["stalls"]
+
+
+@pytest.mark.soak
+def test_plans_are_what_was_measured_on_a_gpu() -> None:
+    results = max((ROOT / "tests" / "benchmarks" / "results").glob("*-train_h200.json"))
+    found = list(plans(results, MQWenConfig()))
+    assert {name for name, *_ in found} >= {"sft-full 2048", "sft-full 2048 eager", "sft-full 2048 full", "align 2048"}
+    for name, planned, measured in found:
+        assert planned == pytest.approx(measured, rel=0.1), name

@@ -93,6 +93,35 @@ def test_training_goes_on_while_storage_is_mute(ranks: Ranks, on_s3: RunSettings
     assert (run / "beside.txt").read_bytes() == b"there"
 
 
+def save_twice(rank: int, workers: int, settings: RunSettings) -> list[set[float]]:
+    """What checkpoints hold whose state is their step's number, and changes as soon as it may. On a GPU if there is
+    one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = {name: torch.zeros(size, device=device) for name, size in (("large", 1 << 24), ("small", 3))}
+    run, state = locate(settings.runs) / settings.name, {"model": weights}
+    saver = Saver(run, settings)
+    saver.make_room(state)
+    for step in (1, 2):
+        saver.wait()
+        for weight in weights.values():
+            weight.fill_(step)
+        saver.save(state, Progress(step, (0, 0, step)))
+        saver.wait_for_copy()
+        for weight in weights.values():
+            weight.fill_(-1)
+    saver.wait()
+    found = []
+    for saved in checkpoint.committed(run):
+        loaded = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
+        checkpoint.load(saved, {"model": loaded})
+        found.append({value for weight in loaded.values() for value in weight.unique().tolist()})
+    return found
+
+
+def test_a_checkpoint_is_the_state_before_it_changed(ranks: Ranks, settings: RunSettings) -> None:
+    assert ranks.run(1, save_twice, settings) == [[{1.0}, {2.0}]]
+
+
 @pytest.mark.soak
 def test_a_third_of_all_requests_may_fail(ranks: Ranks, on_s3: RunSettings, s3: Faulty, tmp_path: Path) -> None:
     s3.refuse_every = 3

@@ -21,10 +21,11 @@ _ATTENTION = {
 _PRODUCTS = {"aten::mm", "aten::addmm"}
 
 
-def prepare(model: MQWenLMHeadModel, settings: ComputeSettings) -> None:
+def prepare(model: MQWenLMHeadModel, settings: ComputeSettings, backend: str = "inductor") -> None:
     """Blocks, tower and head compute the same from now on, within rounding.
 
     What is compiled are the modules' forward methods, in place: names and state stay, and hooks run around them.
+    `backend` is torch.compile's.
     """
     blocks: list[Any] = list(model.transformer.h)
     if settings.recompute != "nothing":
@@ -38,15 +39,15 @@ def prepare(model: MQWenLMHeadModel, settings: ComputeSettings) -> None:
     if settings.compile:
         for block in blocks:
             # One graph for each layout of rows serves all blocks and all packings.
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
         for layer in model.visual.vision_model.encoder.layers:
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = torch.compile(layer.forward, backend=backend)
     if model.device.type == "cuda":
         from mqwen.model.softmax_kernel import softmax_gradient_in_place  # Triton is not there without a GPU
 
         model.lm_head.kernel = softmax_gradient_in_place
     elif settings.compile:
-        model.lm_head.kernel = torch.compile(model.lm_head.kernel, dynamic=True)
+        model.lm_head.kernel = torch.compile(model.lm_head.kernel, dynamic=True, backend=backend)
 
 
 def _kept(_: Any, operation: Any, *arguments: Any, widest: int, **named: Any) -> CheckpointPolicy:

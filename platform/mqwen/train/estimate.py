@@ -20,8 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mqwen.model import MQWenConfig, MQWenLMHeadModel
 from mqwen.model.chat import IGNORED
-from mqwen.model.loss import labelled_loss
+from mqwen.model.loss import Head, labelled_loss
 from mqwen.train.build import outline
+from mqwen.train.compute import prepare
 from mqwen.train.cost import cost_of
 from mqwen.train.settings import DataSettings, RunSettings, SettingsError
 
@@ -75,34 +76,40 @@ def estimate(settings: RunSettings, config: MQWenConfig, load: Load) -> Estimate
     model = outline(settings, config)
     row = planned_row(settings.data, config, load)
     sizes = _Sizes.of(model, settings)
-    memory = _states(sizes, settings) | {"row": _held(settings, config, row)}
+    held = _held(settings, config, row)
+    if settings.parallel.strategy == "fsdp2":
+        # What is in no block is reduced at the end of a pass, when nothing of the row is left.
+        held = max(held, float((sizes.compute + FLOAT) * sizes.trained_rest))
+    memory = _states(sizes, settings) | {"row": held}
     rows = settings.data.rows_per_step
     return Estimate(memory, cost_of(model).of(row) * rows, row.positions * rows, sizes.all, sizes.trained)
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers of weights: all, those trained, of one block, of what is in no block, and of the largest unit's trained
-    ones. `compute` is the bytes of one in the passes."""
+    """Numbers of weights: all, of one block, of what is in no block; and as many trained ones. `compute` is the bytes
+    of one in the passes."""
 
     all: int
-    trained: int
     block: int
     rest: int
-    largest: int
+    trained: int
+    trained_block: int
+    trained_rest: int
     compute: int
 
     @classmethod
     def of(cls, model: MQWenLMHeadModel, settings: RunSettings) -> _Sizes:
         blocks = list(model.transformer.h)
-        trained = _count(model, trained=True)
-        own = _count(blocks[0], trained=True)
+        all_, trained = _count(model), _count(model, trained=True)
+        block, trained_block = _count(blocks[0]), _count(blocks[0], trained=True)
         return cls(
-            all=_count(model),
+            all=all_,
+            block=block,
+            rest=all_ - len(blocks) * block,
             trained=trained,
-            block=_count(blocks[0]),
-            rest=_count(model) - len(blocks) * _count(blocks[0]),
-            largest=max(own, trained - len(blocks) * own),
+            trained_block=trained_block,
+            trained_rest=trained - len(blocks) * trained_block,
             compute=2 if settings.model.precision == "bfloat16" else FLOAT,
         )
 
@@ -123,7 +130,7 @@ def _states(sizes: _Sizes, settings: RunSettings) -> dict[str, float]:
             "gradients": FLOAT * sizes.trained / shard,
             "optimizer": 2 * FLOAT * sizes.trained / shard,
             "gathered weights": float(sizes.compute * gathered),
-            "gathered gradients": float((sizes.compute + FLOAT) * sizes.largest),
+            "gathered gradients": float((sizes.compute + FLOAT) * sizes.trained_block),
         }
     else:
         stage = int(parallel.strategy[-1])
@@ -172,29 +179,43 @@ def planned_row(data: DataSettings, config: MQWenConfig, load: Load) -> PlannedR
 
 
 def _held(settings: RunSettings, config: MQWenConfig, row: PlannedRow) -> float:
-    """The most bytes that a row's forward and backward pass hold at once, but weights and their gradients."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, settings.model.precision))
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            model = outline(settings, config, "cpu").train()
-    finally:
-        torch.set_default_dtype(before)
-    for parameter in model.parameters():
+    """The most bytes that a row's forward and backward pass hold at once, but weights and their blocks' gradients.
+
+    Compiled blocks keep what torch.compile's partitioner decides on, so they are partitioned here too, and run
+    operation by operation. Conversations are no matter: attention keeps as much of a row that is one.
+    """
+    model = outline(settings, config).train()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        _materialize(model, getattr(torch, settings.model.precision))
+    for parameter in model.transformer.h.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None))
-    expanded = model.transformer.expand(
-        row.inputs["input_ids"],
-        row.images,
-        labels=row.inputs["labels"],
-        segment_ids=row.inputs["segment_ids"],
-    )
+    torch.compiler.reset()  # or another estimate's blocks would count as recompilations
+    prepare(model, settings.compute, backend="aot_eager_decomp_partition")
+    if settings.parallel.gpus_per_worker and isinstance(model.lm_head, Head):
+        model.lm_head.kernel = _in_place
+    expanded = model.transformer.expand(row.inputs["input_ids"], row.images, labels=row.inputs["labels"])
     side = config.vision_config.image_size
     with fake, _Living() as living:
         pictures = torch.empty(row.images, 3, side, side, dtype=torch.uint8)
         hidden = model.transformer(images=model.encode_images(pictures), expanded=expanded).last_hidden_state
         labelled_loss(model.lm_head, hidden, expanded, 1).backward()
     return float(living.most)
+
+
+def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
+    """On the CPU from now on, in the passes' `dtype`: with memory, or, under FakeTensorMode, as if."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            made = torch.empty(parameter.shape, dtype=dtype)
+            setattr(module, name, nn.Parameter(made, parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes the memory that softmax_kernel's does."""
+    return logits.new_zeros((), dtype=torch.float32), logits
 
 
 class _Living(TorchDispatchMode):
@@ -204,6 +225,11 @@ class _Living(TorchDispatchMode):
         super().__init__()
         self.now = self.most = 0
         self._known = WeakIdKeyDictionary()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What is compiled meanwhile is compiled as without it."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

@@ -1,8 +1,9 @@
 """Writes checkpoints beside the training.
 
-`save` copies this rank's part of the state, which is all that the training waits for. A thread writes the copy, uploads
-it, and when every rank's files are there rank 0 commits them by one last write. The threads of all ranks talk through a
-process group of their own, so that they do not meet the training's messages.
+`save` begins a copy of this rank's part of the state, which is all that the training waits for: at once on a CPU; from
+a GPU only before the state changes again, as the copy goes on beside the next forward and backward pass. A thread
+writes the copy, uploads it, and when every rank's files are there rank 0 commits them by one last write. The threads of
+all ranks talk through a process group of their own, so that they do not meet the training's messages.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +22,9 @@ import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.utils._pytree import tree_leaves
 
 from mqwen.errors import UserError
 from mqwen.storage import Location, StorageError, locate, retried, workplace
@@ -30,6 +34,7 @@ from mqwen.train.settings import RunSettings
 
 UNEVEN = timedelta(minutes=30)  # how much longer one rank may write than another
 SEEN = 60.0  # seconds in which a shared folder shows what another node wrote: NFS may give old lists for so long
+FILES = 4  # that a rank writes at the same time
 
 
 class Saver:
@@ -40,16 +45,15 @@ class Saver:
         self._patience = settings.checkpoint.patience
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._patience) + UNEVEN)
         self._rank = dist.get_rank()
-        # From a GPU the copy goes to pinned memory, which is kept for the next.
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self._copier: _Copier | None = None
+        self._copy: Future[Any] | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def make_room(self, state: dict[str, Any]) -> None:
         """Pins memory for a GPU's state beside the training, or else its first checkpoint would wait for that."""
-        if torch.cuda.is_available():
-            self._thread = threading.Thread(target=self._stager.stage, args=(state,), daemon=True, name="make room")
-            self._thread.start()
+        if _on_gpu(state):
+            self._copy = self._begin_copy(state)
 
     def save(
         self,
@@ -59,17 +63,18 @@ class Saver:
         beside: dict[str, bytes] | None = None,
         on_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begins a checkpoint; the one before must have ended (`busy`, `wait`).
+        """Begins a checkpoint; the one before must have ended (`busy`, `wait`). The state must not change before
+        `wait_for_copy`.
 
         `beside` are rank 0's files of the run, by their names in it, that are to be there before the commit;
         `on_commit` is called on rank 0, in the thread.
         """
         self.wait()
-        staged = self._stager.stage(state)
+        copied = self._copy = self._begin_copy(state)
 
         def run() -> None:
             try:
-                self._write(staged, progress, loss, beside or {})
+                self._write(copied.result(), progress, loss, beside or {})
                 if self._rank == 0:
                     on_commit()
             except BaseException as error:  # DCP's own is no Exception
@@ -78,9 +83,15 @@ class Saver:
         self._thread = threading.Thread(target=run, daemon=True, name="checkpoint")
         self._thread.start()
 
+    def wait_for_copy(self) -> None:
+        """Until the state may change."""
+        if self._copy is not None:
+            wait_for([self._copy])  # what it raises is raised where it is written
+
     def busy(self) -> bool:
-        """Whether a checkpoint is being written, on any rank: the same answer on all of them."""
-        writing = torch.tensor(self._thread is not None and self._thread.is_alive(), dtype=torch.int64)
+        """Whether a checkpoint is being written, or room made for one, on any rank: the same answer on all of them."""
+        copying = self._copy is not None and not self._copy.done()
+        writing = torch.tensor(copying or (self._thread is not None and self._thread.is_alive()), dtype=torch.int64)
         dist.all_reduce(writing, op=dist.ReduceOp.MAX)
         return bool(writing)
 
@@ -94,16 +105,29 @@ class Saver:
 
     def wait(self) -> None:
         """Until nothing is being written. Raises CheckpointError where writing failed."""
+        self.wait_for_copy()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
+    def _begin_copy(self, state: dict[str, Any]) -> Future[Any]:
+        """A copy of the state on the CPU, which is there at once unless the state is on a GPU."""
+        if not _on_gpu(state):
+            copied = Future[Any]()
+            copied.set_result(StateDictStager().stage(state))
+            return copied
+        if self._copier is None:
+            self._copier = _Copier()
+        return self._copier.begin(state)
+
     def _write(self, state: dict[str, Any], progress: Progress, loss: float | None, beside: dict[str, bytes]) -> None:
         target, limit = step_folder(self._run, progress.step), time.monotonic() + self._patience
         self._together(lambda: self._retried(lambda: _clear(target), limit) if self._rank == 0 else None)
         with workplace(target) as local:  # a folder is written in place: it counts only once committed
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(local), process_group=self._group)
+            # With several threads none of them waits for the GPU between its tensors, which are not there any more.
+            writer = dcp.FileSystemWriter(local, thread_count=FILES)
+            dcp.save(state, storage_writer=writer, process_group=self._group)
             entries = self._together(lambda: self._retried(lambda: _put(local, target, self._rank), limit))
         files = {name: entry for table in entries for name, entry in table.items()}
         commit = Commit(progress, asdict(self._settings), files, loss)
@@ -165,14 +189,44 @@ def _loss(checkpoint: Location) -> float | None:
         return None
 
 
+class _Copier:
+    """Copies a GPU's state beside its computations, into pinned memory that is kept for the next copy.
+
+    torch's DefaultStager does not wait for what the state comes from, and before torch 2.13 it pins anew for each copy.
+    """
+
+    def __init__(self) -> None:
+        self._stager = StateDictStager(pin_memory=True, pin_memory_min_bytes=1 << 20)  # smaller ones share pages
+        self._stream = torch.cuda.Stream()
+        self._thread = ThreadPoolExecutor(1, "copy")
+
+    def begin(self, state: dict[str, Any]) -> Future[Any]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        return self._thread.submit(self._copy, state)
+
+    def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        with torch.cuda.stream(self._stream):
+            copy: dict[str, Any] = self._stager.stage(state, non_blocking=True)
+        self._stream.synchronize()
+        return copy
+
+
+def _on_gpu(state: dict[str, Any]) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in tree_leaves(state))
+
+
 def _put(local: Path, target: Location, rank: int) -> dict[str, dict[str, Any]]:
     """This rank's files where they belong; their sizes and hashes."""
-    found = {}
-    for file in [*local.glob(f"__{rank}_*"), *([local / ".metadata"] if rank == 0 else [])]:
-        found[file.name] = {"bytes": file.stat().st_size, "sha256": locate(file).sha256()}
+
+    def put(file: Path) -> dict[str, Any]:
+        entry = {"bytes": file.stat().st_size, "sha256": locate(file).sha256()}
         if not isinstance(target.filesystem, pafs.LocalFileSystem):
             (target / file.name).upload(file)
-    return found
+        return entry
+
+    files = [*local.glob(f"__{rank}_*"), *([local / ".metadata"] if rank == 0 else [])]
+    with ThreadPoolExecutor(FILES) as threads:
+        return dict(zip([file.name for file in files], threads.map(put, files), strict=True))
 
 
 def _require_files(checkpoint: Location, files: dict[str, dict[str, Any]]) -> None:

@@ -145,6 +145,10 @@ def _train(task: Task) -> None:
         saved = now
         notice.heard()
 
+    def accepts(step: int, loss: float, keys: Callable[[], list[str]], norm: float) -> bool:
+        saver.wait_for_copy()  # next the state changes
+        return guard.accepts(step, loss, keys, norm)
+
     def on_step(record: StepRecord) -> None:
         saver.check()
         if metrics:
@@ -167,7 +171,7 @@ def _train(task: Task) -> None:
     feed = task.feed
     held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
     data = Data(rows, feed.blank, held_out, task.cost.of)
-    watch = Watch(on_step, on_checkpoint, on_evaluation, guard.accepts, notice.given, watchdog.alive)
+    watch = Watch(on_step, on_checkpoint, on_evaluation, accepts, notice.given, watchdog.alive)
     with watchdog.watching():
         last = train(settings, strategy, data, progress, watch)
     saver.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -18,16 +20,18 @@ from mqwen.model import MQWenConfig
 from mqwen.model.llava import llava_config
 from mqwen.storage import locate
 from mqwen.train.build import build_model
-from mqwen.train.loop import Data, Progress, StepRecord, Watch, train
+from mqwen.train.loop import Accepts, Data, Progress, StepRecord, Watch, train
 from mqwen.train.recipes import recipe
 from mqwen.train.saver import Saver
 from mqwen.train.settings import ComputeSettings, RunSettings
 from mqwen.train.strategy import Strategy, make_strategy
 from tests.benchmarks.h200.flops import flops
-from tests.benchmarks.h200.measure import DATASHEET, Ceilings, print_kernels, profiled, synchronize
+from tests.benchmarks.h200.measure import DATASHEET, Ceilings, print_kernels, profiled
 from tests.benchmarks.h200.rows import Shape, made_rows, supervise_all
 
 WARM_STEPS = 2
+SAVES_AFTER = 6  # steps, and again after as many where the one before is written
+SAVING_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def bare_loop(
     rows: Iterator[Any],
     blank: Any,
     on_checkpoint: Callable[[Progress], None] = lambda progress: None,
+    accepts: Accepts = lambda step, loss, keys, norm: True,
     flops_of: Callable[[Any], float] = lambda row: 0.0,
     profiled_step: int = 0,
 ) -> Loop:
@@ -168,7 +173,7 @@ def bare_loop(
             print_kernels(trace[0], 1, 60)
 
     data = Data(rows, blank, flops=flops_of)
-    train(settings, watched, data, Progress(), Watch(on_step, on_checkpoint))  # type: ignore[arg-type]
+    train(settings, watched, data, Progress(), Watch(on_step, on_checkpoint, accepts=accepts))  # type: ignore[arg-type]
     if again := graphs() - compiled:
         print(f"  {again} graphs were compiled after the first {WARM_STEPS} steps", flush=True)
     loop = Loop(records, {}, warmed)
@@ -202,56 +207,68 @@ def run_case(
     case: Case, config: MQWenConfig, device: torch.device, found: Ceilings, steps: int, profile: bool = False
 ) -> Result:
     """The project's loop over `steps` measured steps, after two to warm up."""
-    model, settings = prepared(case, settings_of(case, WARM_STEPS + steps), config, device)
+    last = SAVING_STEPS if case.saves else WARM_STEPS + steps
+    model, settings = prepared(case, settings_of(case, last), config, device)
     rows = made_rows(config, case.shape, pin=device.type == "cuda")
     some = next(rows)
     needed = flops(model, config, some.runs, some.supervised, some.images) / some.positions
     strategy = make_strategy(model, list(model.transformer.h), settings)
     if not case.saves:
-        loop = bare_loop(settings, strategy, rows, some, profiled_step=WARM_STEPS + steps if profile else 0)
+        loop = bare_loop(settings, strategy, rows, some, profiled_step=last if profile else 0)
         return result_of(case.name, case.recipe, settings, loop, needed, found, asdict(case))
     with tempfile.TemporaryDirectory() as folder:
         saving = Saving(strategy, replace(settings, runs=folder))
-        loop = bare_loop(saving.settings, strategy, rows, some, saving.save)
+        loop = bare_loop(saving.settings, strategy, rows, some, saving.save, saving.accepts)
         result = result_of(case.name, case.recipe, settings, loop, needed, found, asdict(case))
         result.checkpoint = saving.found(loop)
     return result
 
 
 class Saving:
-    """Checkpoints every second step, but while one is being written."""
+    """Checkpoints beside the training, as mqwen.train.worker makes them."""
 
     def __init__(self, strategy: Strategy, settings: RunSettings) -> None:
         self._strategy = strategy
-        self.settings = replace(settings, checkpoint=replace(settings.checkpoint, every=2, keep=1))
+        self.settings = replace(settings, checkpoint=replace(settings.checkpoint, every=SAVES_AFTER, keep=1))
         self._folder = Path(settings.runs) / "run"
         self._saver = Saver(locate(self._folder), self.settings)
-        self._begun, self._stalls, self._written, self._beside = 0.0, list[float](), list[float](), list[int]()
+        self._begun, self._calls, self._written, self._beside = 0.0, dict[int, float](), list[float](), list[int]()
+        self._before = psutil.Process().memory_info().rss
         self._saver.make_room(strategy.state())
 
     def save(self, progress: Progress) -> None:
         if self._saver.busy():
-            self._beside.append(progress.step)
             return
-        synchronize(self._strategy.device)
         self._begun = time.perf_counter()
         self._saver.save(self._strategy.state(), progress, None, {}, self._committed)
-        self._stalls.append(time.perf_counter() - self._begun)
+        self._calls[progress.step] = time.perf_counter() - self._begun
+
+    def accepts(self, step: int, *_: Any) -> bool:
+        self._saver.wait_for_copy()
+        if step > min(self._calls, default=step) and self._saver.busy():
+            self._beside.append(step)
+        return True
 
     def _committed(self) -> None:
         self._written.append(time.perf_counter() - self._begun)
 
     def found(self, loop: Loop) -> dict[str, Any]:
-        """Seconds: how long the training stood still, and from there to the commit; of steps beside and of all."""
+        """Seconds: how much longer the loop took from a step's end to the next one's when a checkpoint began between
+        them; of that the call alone; from the call to the commit; steps beside the writing, and undisturbed ones.
+        Bytes: of the files, and of memory for the copy."""
         self._saver.wait()
-        beside = [record.seconds for record in loop.records if record.step in self._beside and record in loop.measured]
-        files = [file.stat().st_size for file in self._folder.rglob("*.distcp")]
+        took = {record.step: record.seconds for record in loop.records}
+        alone = [took[record.step] for record in loop.measured if record.step <= SAVES_AFTER]
+        usual, calls = statistics.median(alone), self._calls
+        next_to = {step: took[step + 1] for step in calls if step + 1 in took}
         return {
-            "stalls": self._stalls,
+            "stalls": [calls[step] + seconds - usual for step, seconds in next_to.items()],
+            "calls": list(calls.values()),
             "written": self._written,
-            "bytes": sum(files),
-            "steps_beside": beside,
-            "steps": [record.seconds for record in loop.measured],
+            "steps_beside": [took[step] for step in self._beside],
+            "steps": alone,
+            "bytes": sum(file.stat().st_size for file in self._folder.rglob("*.distcp")),
+            "memory": psutil.Process().memory_info().rss - self._before,
         }
 
 

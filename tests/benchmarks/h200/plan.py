@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from tests.benchmarks.h200.cases import Case, settings_of
 from tests.benchmarks.h200.rows import Shape
 
 
-def print_plans(results: Path, config: MQWenConfig) -> None:
-    """Of a JSON file of results; what is not the project's training is left out."""
+def plans(results: Path, config: MQWenConfig) -> Iterator[tuple[str, float, int]]:
+    """Name, bytes as planned and bytes as measured of each case in a JSON file of results, but of what is not the
+    project's training or was measured without a GPU."""
     for result in json.loads(results.read_text())["cases"]:
-        known = result["settings"]
-        if "shape" not in known:
+        known, measured = result["settings"], result["memory"]
+        if "shape" not in known or not measured:
             continue
         shape = Shape(**known["shape"])
         case = Case(**known | {"shape": shape, "compute": ComputeSettings(**known["compute"])})
@@ -26,6 +28,10 @@ def print_plans(results: Path, config: MQWenConfig) -> None:
         pictures = shape.length // shape.picture_every
         answers = shape.supervised == "answers"
         load = Load(pictures, pictures if answers else 1, 0.15 if answers else 1.0)
-        planned, measured = estimate(settings, config, load).bytes, result["memory"]
-        of = f", {planned / measured:.3f} of the measured {measured / 1e9:.1f}" if measured else ""
-        print(f"{case.name}: planned {planned / 1e9:.1f} GB{of}", flush=True)
+        yield case.name, estimate(settings, config, load).bytes, measured
+
+
+def print_plans(results: Path, config: MQWenConfig) -> None:
+    for name, planned, measured in plans(results, config):
+        share = planned / measured
+        print(f"{name}: planned {planned / 1e9:.1f} GB, {share:.3f} of the measured {measured / 1e9:.1f}", flush=True)

@@ -32,10 +32,13 @@ def saved(result: Result) -> str:
     if not (known := result.checkpoint):
         return ""
     beside = statistics.mean(known["steps_beside"]) if known["steps_beside"] else math.nan
+    stalls, calls, written = (
+        ", ".join(f"{seconds:.2f}" for seconds in known[name]) for name in ("stalls", "calls", "written")
+    )
     return (
-        f"\n  checkpoints of {known['bytes'] / 1e9:.1f} GB: stalls {', '.join(f'{s:.2f}' for s in known['stalls'])} s, "
-        f"committed after {', '.join(f'{s:.0f}' for s in known['written'])} s, a step beside one {beside:.2f} s, "
-        f"the fastest {min(known['steps']):.2f} s"
+        f"\n  checkpoints of {known['bytes'] / 1e9:.1f} GB: stalls {stalls} s, of them the calls {calls} s; committed "
+        f"after {written} s; a step beside the writing {beside:.3f} s, an undisturbed one "
+        f"{statistics.median(known['steps']):.3f} s; {known['memory'] / 1e9:.1f} GB of the CPU's memory for the copy"
     )
 
 

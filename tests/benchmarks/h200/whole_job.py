@@ -66,10 +66,12 @@ def run_job(job: Job, config: MQWenConfig, device: torch.device, found: Ceilings
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        results.append(result("the same under Ray", job, settings, under_ray(settings, config, processor), found))
-    ours, theirs = results[1], results[0]
+        loop, memory = under_ray(settings, config, processor)
+        theirs = result("the same under Ray", job, settings, loop, found)
+        results.append(replace(theirs, memory=memory, reserved=0))
+    bare, ours = results
     print(
-        f"under Ray {ours.positions_per_s / theirs.positions_per_s:.4f} of the bare loop's positions/s, data wait "
+        f"under Ray {ours.positions_per_s / bare.positions_per_s:.4f} of the bare loop's positions/s, data wait "
         f"{ours.split['data'] / ours.step_s:.2%}",
         flush=True,
     )
@@ -136,8 +138,8 @@ def without_ray(settings: RunSettings, config: MQWenConfig, device: torch.device
         return bare_loop(settings, strategy, iter(rows), rows[0], flops_of=cost.of)
 
 
-def under_ray(settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> Loop:
-    """As mqwen.training tells it, on a cluster without a dashboard."""
+def under_ray(settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> tuple[Loop, int]:
+    """As mqwen.training tells it, on a cluster without a dashboard; and the worker's peak memory in bytes."""
     order = order_of(settings, config.image_positions)
     assert settings.steps is not None
     stream = Stream(order, processor, settings.steps * settings.data.rows_per_step)
@@ -149,7 +151,8 @@ def under_ray(settings: RunSettings, config: MQWenConfig, processor: MQWenProces
     with open_run(settings, config, processor) as run, cluster(cpus=4, dashboard=False):
         train_run(settings, run, config, feed, cost_of(outline(settings, config)))
         known = [field.name for field in fields(StepRecord)]
-        records = [StepRecord(**{name: record[name] for name in known}) for record in read_metrics(run)]
+        lines = read_metrics(run)
+    records = [StepRecord(**{name: line[name] for name in known}) for line in lines]
     loop = Loop(records, {}, sum(record.seconds for record in records[:WARM_STEPS]))
     loop.split["data"] = sum(record.data_wait for record in loop.measured) / len(loop.measured)
-    return loop
+    return loop, max(line["memory"] for line in lines)
