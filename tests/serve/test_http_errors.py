@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from mqwen.engine.request import EngineFailedError
+from serve.backend import Served
 from serve.ingress import Policy, create_app
 from serve.keys import hash_key
 from serve.replica import ModelReplica
@@ -38,6 +39,17 @@ def user(content: Any) -> dict[str, Any]:
 
 def image(url: Any, **more: Any) -> dict[str, Any]:
     return user([{"type": "image_url", "image_url": {"url": url} | more}])
+
+
+def answer_like(schema: Any) -> dict[str, Any]:
+    return body(response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}})
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "nonsense"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -115,14 +127,36 @@ BAD: dict[str, tuple[Any, int, str | None, str]] = {
     "five stops": (body(stop=list("abcde")), 400, "stop", "at most 4"),
     "empty stop": (body(stop=""), 400, "stop", "at least 1"),
     "two answers": (body(n=2), 400, "n", "1"),
-    "logprobs": (body(logprobs=True), 400, "logprobs", "False"),
-    "penalty": (body(presence_penalty=0.5), 400, "presence_penalty", ""),
-    "json_schema": (body(response_format={"type": "json_schema"}), 400, "response_format.type", "'text'"),
+    "too many logprobs": (body(logprobs=True, top_logprobs=21), 400, "top_logprobs", "20"),
+    "top_logprobs alone": (body(top_logprobs=2), 400, None, "'logprobs' is true"),
+    "penalty": (body(presence_penalty=2.5), 400, "presence_penalty", ""),
+    "json_schema without one": (
+        body(response_format={"type": "json_schema"}),
+        400,
+        "response_format.json_schema",
+        "Missing",
+    ),
+    "a schema that is none": (answer_like({"type": 5}), 400, "response_format", "cannot be followed"),
+    "a schema without end": (answer_like({"$ref": "#/x"}), 400, "response_format", "cannot be followed"),
+    "a deep schema": (answer_like(nested(200)), 400, "response_format", "cannot be followed"),
+    "a name for a schema": (
+        body(response_format={"type": "json_schema", "json_schema": {"name": "../x", "schema": {}}}),
+        400,
+        "response_format.json_schema.name",
+        "",
+    ),
     "tools": (body(tools=[]), 400, "tools", "Unknown parameter"),
     "stream is text": (body(stream="maybe"), 400, "stream", "boolean"),
     "stream_options alone": (body(stream=False, stream_options={}), 400, None, "'stream' is true"),
     "http url": (image("http://example.com/a.png"), 400, URL, "not fetched"),
     "https url": (image("https://example.com/a.png"), 400, URL, "not fetched"),
+    "https to loopback": (image("https://127.0.0.1/a.png"), 400, URL, "not fetched"),
+    "https to a decimal host": (image("https://2130706433/a.png"), 400, URL, "not fetched"),
+    "https to IPv6": (image("https://[::1]/a.png"), 400, URL, "not fetched"),
+    "https without a host": (image("https:///a.png"), 400, URL, "not fetched"),
+    "https with a broken host": (image("https://[::1/a.png"), 400, URL, "not fetched"),
+    "https with a broken port": (image("https://example.com:x/a.png"), 400, URL, "not fetched"),
+    "gopher": (image("gopher://127.0.0.1:6379/_INFO"), 400, URL, "not fetched"),
     "metadata service": (image("http://169.254.169.254/"), 400, URL, "not fetched"),
     "file url": (image("file:///etc/passwd"), 400, URL, "not fetched"),
     "a path": (image("/etc/passwd"), 400, URL, "data URL"),
@@ -149,8 +183,9 @@ BAD: dict[str, tuple[Any, int, str | None, str]] = {
 
 @pytest.fixture(scope="module")
 def post(replica: ModelReplica) -> Iterator[Callable[..., httpx.Response]]:
-    policy = Policy(model="tiny", key_hashes=frozenset({hash_key(KEY)}), max_body_bytes=LIMIT, max_pictures=4)
-    transport = httpx.ASGITransport(create_app(LocalBackend(replica), policy), raise_app_exceptions=False)
+    policy = Policy(key_hashes=frozenset({hash_key(KEY)}), max_body_bytes=LIMIT, max_pictures=4)
+    models = {"tiny": Served(LocalBackend(replica))}
+    transport = httpx.ASGITransport(create_app(models, policy), raise_app_exceptions=False)
     with asyncio.Runner() as runner:
 
         def send(content: Any, path: str = "/v1/chat/completions", method: str = "POST", **more: Any) -> httpx.Response:
@@ -199,6 +234,7 @@ def test_after_all_of_them_a_good_request_is_answered(post: Callable[..., httpx.
 RECEIVED = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, "tool_calls": None}
 GOOD: dict[str, dict[str, Any]] = {
     "neutral parameters": body(n=1, logprobs=False, presence_penalty=0, frequency_penalty=0.0, user="u", store=False),
+    "all sampling": body(top_k=5, min_p=0.1, repetition_penalty=1.2, presence_penalty=1, frequency_penalty=-1),
     "a reply sent back": body(messages=[*ASKED, RECEIVED, *ASKED]),
     "text format": body(response_format={"type": "text"}),
     "nulls": body(temperature=None, top_p=None, stop=None, seed=None, stream=None, max_tokens=None) | {"max_tokens": 2},
@@ -237,7 +273,7 @@ def test_text_cannot_spell_control_tokens(post: Callable[..., httpx.Response]) -
         (f"Bearer {hash_key(KEY)}", "invalid_api_key"),
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/tokenize", "/nowhere"])
 def test_without_a_right_key_nothing_is_shown(
     post: Callable[..., httpx.Response], authorization: str | None, code: str, path: str
 ) -> None:

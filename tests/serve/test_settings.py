@@ -60,7 +60,7 @@ def test_an_artifact_on_s3(artifact: Path, bucket: Location, tmp_path: Path, mon
         (bucket / "mine" / file.name).upload(file)
     settings = Settings.from_arguments({"checkpoint": f"{bucket}/mine"})
     assert settings.model == "mine"
-    replica = ModelReplica(pickle.loads(pickle.dumps(settings.checkpoint)), "tiny", gpu=False)  # noqa: S301
+    replica = ModelReplica(pickle.loads(pickle.dumps(settings.models()[0])))  # noqa: S301
     assert asyncio.run(replica.is_ready())
     asyncio.run(replica.engine.drain())
     for uri, message in (("s3://nowhere/mine", "has no bucket 'nowhere'"), (f"{bucket}/other", "holds no files")):
