@@ -16,6 +16,7 @@ from serve.ingress import Ingress, Policy
 from serve.limits import KeyLimits, Limits
 from serve.replica import ModelReplica
 from serve.settings import ModelSettings, Settings
+from serve.tracing import environment
 
 LOGS = LoggingConfig(encoding="JSON")  # each line with the request's id
 
@@ -32,7 +33,7 @@ def build(arguments: dict[str, Any]) -> Application:
     ingress = serve.deployment(
         Ingress,
         num_replicas=settings.ingress_replicas,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options=_actor(num_cpus=0.1),
         max_ongoing_requests=1024,
         graceful_shutdown_timeout_s=settings.max_seconds,
         logging_config=LOGS,
@@ -55,7 +56,7 @@ def _replicas(model: ModelSettings, number: int, drain: float) -> Application:
     deployment = serve.deployment(
         ModelReplica,
         name=f"ModelReplica{number + 1}" if number else "ModelReplica",
-        ray_actor_options={"num_cpus": model.cpus, "num_gpus": model.gpus},
+        ray_actor_options=_actor(num_cpus=model.cpus, num_gpus=model.gpus),
         autoscaling_config=AutoscalingConfig(
             min_replicas=model.min_replicas,
             max_replicas=model.max_replicas,
@@ -83,6 +84,11 @@ ROUTERS = {
     "affinity": "serve.routing.AffinityRouter",
     "random": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
 }
+
+
+def _actor(**resources: float) -> dict[str, Any]:
+    variables = environment()
+    return resources | ({"runtime_env": {"env_vars": variables}} if variables else {})
 
 
 def _limits(settings: Settings) -> Application | None:

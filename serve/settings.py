@@ -100,7 +100,6 @@ class Settings(ModelSettings):
     picture_hosts: tuple[str, ...] = ()  # https hosts that pictures may be fetched from: HOST or HOST:PORT
     picture_networks: tuple[IPvAnyNetwork, ...] = ()  # private networks (as 10.0.0.0/8) that those hosts may lie in
     max_seconds: float = Field(600, gt=0)  # of one request, its wait in the queue included; replicas drain as long
-    page: bool = False  # a chat page at /page
 
     def models(self) -> list[ModelSettings]:
         """All models of the application, the first one first. Raises SettingsError."""

@@ -72,12 +72,16 @@ class Evaluation:
         places = [Place(shard=shard, run=number, **row) for number, (shard, row) in enumerate(rows)]
         return cls(artifact, opened, places, generation, actors)
 
+    def batches(self) -> list[list[Place]]:
+        """What actors are asked at once; the same for any number of them."""
+        return [self.places[at : at + BATCH] for at in range(0, len(self.places), BATCH)]
+
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Answer]:
         """Every sample's answer, by key; `progress(answered, of)` is called after each batch. Needs a Ray cluster.
 
         Which samples are asked together does not depend on the actors. Raises UserError where storage fails.
         """
-        batches = [self.places[at : at + BATCH] for at in range(0, len(self.places), BATCH)]
+        batches = self.batches()
         items = [{"places": pickle.dumps(batch)} for batch in batches]
         ray.data.DataContext.get_current().enable_progress_bars = False
         answered = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
