@@ -36,6 +36,7 @@ class ModelReplica:
         processor.max_pixels = settings.max_pixels
         self._tokenizer, self._max_answer = processor.tokenizer, settings.max_answer
         self._token_bytes = token_bytes(processor.tokenizer)
+        self._stop_ids = frozenset(processor.tokenizer.stop_ids)
         self.engine: GenerationEngine = _engine(settings, folder, processor)
 
     async def generate(self, task: ChatTask) -> AsyncGenerator[Chunk | RequestError]:
@@ -106,7 +107,7 @@ class ModelReplica:
         return Tokens(ids, len(ids) + pictures * (self.engine.picture_positions - 1), self.engine.max_length)
 
     def _chunk(self, event: TokenEvent) -> Chunk:
-        logprobs = tuple(self._logprob(one) for one in event.logprobs if self._token_bytes(one.token_id))
+        logprobs = tuple(self._logprob(one) for one in event.logprobs if one.token_id not in self._stop_ids)
         return Chunk(event.text, event.finish_reason, event.prompt_tokens, event.completion_tokens, logprobs)
 
     def _logprob(self, one: TokenLogprob) -> dict[str, Any]:

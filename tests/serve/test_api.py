@@ -77,10 +77,10 @@ def test_logprobs_are_the_models(client: Client, artifact: Path) -> None:
         expected = model(**inputs, logits_to_keep=1).logits[0, -1].log_softmax(-1)
     first = entries[0]
     top = expected.topk(3)
-    assert [one["logprob"] for one in first["top_logprobs"]] == pytest.approx(top.values.tolist(), abs=1e-4)
+    assert [one["logprob"] for one in first["top_logprobs"]] == pytest.approx(top.values.tolist(), abs=2e-3)
     assert first["logprob"] == first["top_logprobs"][0]["logprob"]
     words = processor.tokenizer.convert_ids_to_tokens(top.indices.tolist())
-    assert len(words) == len({one["token"] for one in first["top_logprobs"]})
+    assert [one["token"] for one in first["top_logprobs"]] == words  # of random weights, control tokens among them
     assert all(one["logprob"] <= 0 and math.isfinite(one["logprob"]) for one in entries)
 
     streamed = client.chunks(logprobs=True, top_logprobs=3, max_tokens=6)

@@ -34,7 +34,7 @@ def test_defaults(artifact: Path) -> None:
     [
         ({"chekpoint": "x"}, "Unknown option chekpoint=x; did you mean checkpoint?"),
         ({"replicas": "3"}, "did you mean min_replicas?|did you mean max_replicas?"),
-        ({"zzz": "3"}, "Unknown option zzz=3; allowed are checkpoint, name, auth"),
+        ({"zzz": "3"}, "Unknown option zzz=3; allowed are checkpoint, name, adapters"),
         ({"max_replicas": "many"}, "Option max_replicas=many: .*integer"),
         ({"min_replicas": "3", "max_replicas": "2"}, "max_replicas=2 is below min_replicas=3"),
         ({"initial_replicas": "2"}, "initial_replicas=2 is not within min_replicas and max_replicas"),
