@@ -18,6 +18,7 @@ from serve.replica import ModelReplica
 from serve.settings import ModelSettings, Settings
 from serve.tracing import environment
 
+LOOK_BACK = 15.0  # seconds of load that the number of replicas follows; Serve hears of it each ten
 LOGS = LoggingConfig(encoding="JSON")  # each line with the request's id
 
 
@@ -64,7 +65,7 @@ def _replicas(model: ModelSettings, number: int, drain: float) -> Application:
             target_ongoing_requests=model.max_ongoing_requests / 2,
             upscale_delay_s=model.upscale_delay,
             downscale_delay_s=model.downscale_delay,
-            look_back_period_s=max(1.0, model.upscale_delay),
+            look_back_period_s=LOOK_BACK,
             policy=AutoscalingPolicy(
                 policy_function="serve.scaling.RequestsAndCache",
                 policy_kwargs={"target_kv_usage": model.target_kv_usage},

@@ -20,7 +20,7 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from tests.scraping import Scrape, discovered, scrape_until
 from tests.serve.clients import Outcomes, chat, closed_loop, connected, open_loop
-from tests.serve.running import Service, application, running
+from tests.serve.running import ROOT, Service, application, running
 
 What = Literal["load", "kill", "upgrade", "scale", "routing"]
 
@@ -55,9 +55,9 @@ def join(address: str) -> None:
 
 
 def replicas(app: str = "main", deployment: str = "ModelReplica") -> list[dict[str, Any]]:
-    """Serve's own words: id, state, pid of each."""
+    """Serve's own words: id, state, pid of each. None at the moment in which an upgrade is taken in."""
     details = serve.context._get_global_client().get_serve_details()
-    return details["applications"][app]["deployments"][deployment]["replicas"]
+    return details["applications"][app]["deployments"].get(deployment, {}).get("replicas", [])
 
 
 def stats() -> dict[str, int]:
@@ -88,9 +88,11 @@ async def loaded(url: str, clients: int, tokens: int = 24) -> AsyncIterator[asyn
     ended = asyncio.Event()
     async with connected(url) as client:
         task = asyncio.create_task(closed_loop(client, clients, ended, tokens))
-        yield task
-        ended.set()
-        await task
+        try:
+            yield task
+        finally:
+            ended.set()
+            await task
 
 
 def load(artifact: Path, folder: Path, minutes: float) -> Table:
@@ -205,7 +207,9 @@ def upgrade(artifact: Path, folder: Path, minutes: float) -> Table:
         table.add("answered", "requests answered meanwhile, 8 clients", outcomes.statuses[200])
         table.add("failed", "requests failed", outcomes.failed)
 
-    with running(folder / "log", application("main", "/", **options)) as service, cluster(service) as driver:
+    # What is deployed later is imported by the cluster's own processes, not by `serve run`.
+    path = {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
+    with running(folder / "log", application("main", "/", **options), **path) as service, cluster(service) as driver:
         asyncio.run(main(service, driver))
     return table
 
