@@ -24,11 +24,18 @@ from mqwen.telemetry import serving
 from serve.keys import hash_key
 from tests.engine.tiny import generate_alone, picture
 from tests.scraping import Scrape, declared, discovered, scrape_until
+from tests.serve.collecting import Collector, collecting
 from tests.serve.running import KEY, Service, application, running
 
 
 @pytest.fixture(scope="module")
-def service(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def service(artifact: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Two applications on one cluster: `/` as users have it, and `/narrow` with little room for requests.
 
     The first has two ingress replicas, which count each key's requests together.
@@ -41,6 +48,8 @@ def service(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         tmp_path_factory.mktemp("service") / "log",
         application("main", "/", **shared, **limits),
         application("narrow", "/narrow", **shared, **narrow),
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+        OTEL_BSP_SCHEDULE_DELAY="200",
     ) as service:
         yield service
 
@@ -288,6 +297,25 @@ def test_probes_need_no_key_and_requests_have_ids(url: str) -> None:
     assert response.status_code == 401
     assert response.headers.get_list("x-request-id") == ["mine"]
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_request_can_be_followed(url: str, service: Service, collector: Collector) -> None:
+    """By its id: in the reply, in both processes' logs, which are JSON, and in the traces."""
+    body = {"model": "tiny", "messages": asked(1), "max_tokens": 2}
+    headers = {"Authorization": f"Bearer {KEY}", "x-request-id": "followed"}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers)
+    assert response.headers["x-request-id"] == "followed"
+    assert response.json()["id"] == "chatcmpl-followed"
+
+    def logged() -> set[str]:
+        logs = (service.folder / "ray").glob("session_2*/logs/serve/replica_main_*.log")
+        lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+        return {line["deployment"] for line in lines if line.get("request_id") == "followed"}
+
+    deadline = time.monotonic() + 30
+    while (found := (logged(), collector.of_request("followed"))) != ({"Ingress", "ModelReplica"},) * 2:
+        assert time.monotonic() < deadline, (found, collector.spans)
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("stream", [True, False])
