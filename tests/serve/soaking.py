@@ -224,11 +224,13 @@ def scale(artifact: Path, folder: Path, minutes: float) -> Table:
 
     async def main(service: Service, driver: Executor) -> None:
         seen: list[tuple[float, int, int]] = []  # seconds, running replicas, clients
+        await call(driver, replicas)  # the driver has started
         began, clients = time.monotonic(), 2
 
         async def watch() -> None:
             while True:
-                seen.append((time.monotonic() - began, count_running(await call(driver, replicas)), clients))
+                running = count_running(await call(driver, replicas))
+                seen.append((time.monotonic() - began, running, clients))
                 await asyncio.sleep(0.3)
 
         watching = asyncio.create_task(watch())
