@@ -15,12 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
+from mqwen.model.adapters import attach_adapter
 from mqwen.model.chat import encode_chat
 from serve.backend import Served
 from serve.ingress import Policy, create_app
 from serve.replica import ModelReplica
 from serve.settings import ModelSettings
-from tests.engine.tiny import picture
+from tests.engine.test_requests import save_adapter
+from tests.engine.tiny import generate_alone, picture
 from tests.serve.conftest import LocalBackend
 from tests.serve.test_http_errors import data_url
 
@@ -134,6 +136,27 @@ def test_an_answer_is_as_long_as_the_operator_allows(artifact: Path) -> None:
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "max_completion_tokens"
         runner.run(replica.engine.drain())
+
+
+def test_an_adapter_is_a_model_of_its_own(artifact: Path, tmp_path: Path) -> None:
+    folder, processor = save_adapter(artifact, tmp_path, 1, projector=True), MQWenProcessor.from_pretrained(artifact)
+    ids = encode_chat(processor.tokenizer, PLAIN, add_generation_prompt=True).input_ids
+    answers = []
+    for adapter in (None, folder):
+        model = MQWenLMHeadModel.from_pretrained(artifact).eval()
+        if adapter:
+            attach_adapter(model, adapter).merge_and_unload()
+        tokens, _ = generate_alone(model, processor, ids, [picture(1), picture(2)], 8)
+        answers.append(processor.tokenizer.decode(tokens, skip_special_tokens=True))
+    replica = ModelReplica(ModelSettings(checkpoint=artifact, adapters={"poems": str(folder)}))
+    with asyncio.Runner() as runner:
+        client = Client(replica, runner)
+        for name, answer in zip(("tiny", "poems"), answers, strict=True):
+            reply = client.chat(model=name, max_tokens=8)
+            assert reply["model"] == name
+            assert reply["choices"][0]["message"]["content"].startswith(answer)  # which ends before a tie
+        runner.run(replica.engine.drain())
+    assert answers[0] != answers[1]
 
 
 def test_each_name_is_a_model(client: Client) -> None:
