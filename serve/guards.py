@@ -13,6 +13,7 @@ from serve.limits import Refusal
 # Probes carry no key, and learn nothing but a word. The API's document and its page say what the code says to anybody.
 PUBLIC = frozenset({"/health", "/ready", "/openapi.json", "/docs"})
 KEY = "mqwen.key"  # in the scope: whose request it is
+HEADER_BYTES = 64 << 10  # of all headers together
 BODY_SECONDS = 60.0  # that a client may take to send the next part of a body
 
 
@@ -53,8 +54,8 @@ class Guards:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         request = uuid4().hex
         try:
-            key = scope[KEY] = self._key(headers)
             self._check_length(headers)
+            key = scope[KEY] = self._key(headers)
             await self._enter(key, request)
         except ApiError as refusal:
             refusal.emit(self._model)
@@ -78,6 +79,8 @@ class Guards:
         return key
 
     def _check_length(self, headers: dict[str, str]) -> None:
+        if sum(len(name) + len(value) for name, value in headers.items()) > HEADER_BYTES:
+            raise ApiError(431, f"The headers are larger than {HEADER_BYTES} bytes.", code="headers_too_large")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_body_bytes:
             raise self._too_large()

@@ -62,6 +62,14 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000)))
 
 
+def png_text_bomb() -> bytes:
+    """A small picture with a compressed text that is 100 MB long."""
+    text = b"Comment\0\0" + zlib.compress(bytes(100_000_000))
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    content = picture(1)
+    return content[:33] + chunk + content[33:]
+
+
 PICTURE = data_url(picture(1))
 URL = "messages[0].content[0].image_url.url"
 LONG = "word " * 2000
@@ -173,6 +181,9 @@ BAD: dict[str, tuple[Any, int, str | None, str]] = {
     "half a picture": (image(data_url(picture(1)[:200])), 400, URL, "Picture 1"),
     "bomb": (image(data_url(png_header(9_000, 9_000))), 400, URL, "9000 x 9000 pixels"),
     "bomb beyond Pillow's limit": (image(data_url(png_header(2**31 - 1, 2**31 - 1))), 400, URL, "Picture 1"),
+    "a script that begins as a GIF": (image(data_url(b"GIF89a/*" + b"*/=1;alert(1)" * 50)), 400, URL, "Picture 1"),
+    "a ZIP that ends as a PNG": (image(data_url(b"PK\x03\x04" + picture(1))), 400, URL, "no picture"),
+    "a bomb of text": (image(data_url(png_text_bomb())), 400, URL, "Picture 1"),
     "zero pixels": (image(data_url(png_header(0, 5))), 400, URL, "Picture 1"),
     "five pictures": (user([{"type": "image_url", "image_url": {"url": PICTURE}}] * 5), 400, "messages", "at most 4"),
     "long text": (user("a b" * (LIMIT // 4)), 400, "messages", "tokens or more; the context has"),
@@ -245,6 +256,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "huge seed": body(seed=2**200, temperature=1),
     "empty text": user(""),
     "upper case data URL": image(PICTURE.replace("data:image/png;base64", "DATA:IMAGE/PNG;BASE64")),
+    "a picture that goes on as a page": image(data_url(picture(1) + b"<html><script>alert(1)</script>")),
     "wrong kind of picture in the URL": image(data_url(picture(1), "image/jpeg")),
     "a name with the developer role": body(messages=[{"role": "developer", "content": "x"}, *ASKED]),
 }
@@ -292,6 +304,11 @@ def test_a_body_without_a_length_is_stopped_at_the_limit(post: Callable[..., htt
 
     check_error(post(endless()), 413, None, "limit")
     assert sent <= LIMIT + 2 * 65536
+
+
+@pytest.mark.parametrize("headers", [{"X-Long": "x" * 100_000}, {f"X-{n}": "x" * 100 for n in range(1000)}])
+def test_huge_headers_are_refused_before_the_key(post: Callable[..., httpx.Response], headers: dict[str, str]) -> None:
+    check_error(post(b"{}", headers=headers | {"Authorization": None}), 431, None, "headers")
 
 
 def test_a_wrong_content_type_is_refused(post: Callable[..., httpx.Response]) -> None:

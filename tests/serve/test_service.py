@@ -348,6 +348,13 @@ def test_a_client_that_leaves_aborts_its_generation(url: str, cluster: Executor,
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("headers", [{"x-long": "x" * 100_000}, {f"x-{n}": "x" * 100 for n in range(1000)}])
+def test_huge_headers_reach_nobody(url: str, headers: dict[str, str]) -> None:
+    response = httpx.get(f"{url}/v1/models", headers=headers | {"Authorization": f"Bearer {KEY}"})
+    assert response.status_code in (400, 431)
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
 def test_one_key_over_two_ingresses(url: str) -> None:
     """401 without a key and with a wrong one, 429 over the limit: all in OpenAI's form."""
     body = {"model": "tiny", "messages": [{"role": "user", "content": "总和"}], "max_tokens": 200, "temperature": 2}
