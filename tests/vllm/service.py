@@ -8,6 +8,7 @@ Greedy texts, usage and the tokens of the log probabilities must be equal, strea
 import base64
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ NEW_TOKENS = 16
 
 
 def main(folder: Path) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which ends the server
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
