@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: setup demo test soak lint test-vllm
+.PHONY: setup demo test soak lint test-vllm browser
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -39,11 +39,17 @@ lint: $(STAMP)
 .cache/qwen.tiktoken: $(STAMP)
 	$(BIN)/python tests/model/real_vocabulary.py
 
-# The LLaVA export served by vLLM, in an environment of its own (2.3 GB).
+# The LLaVA export served by vLLM, alone and behind the service, in an environment of its own (2.3 GB).
 test-vllm: .cache/vllm/.installed
 	$(BIN)/python tests/vllm/parity.py export .cache/vllm-parity
 	.cache/vllm/bin/python tests/vllm/parity.py serve .cache/vllm-parity
+	.cache/vllm/bin/python tests/vllm/service.py .cache/vllm-parity
 
 .cache/vllm/.installed: tests/vllm/install.sh $(STAMP)
 	tests/vllm/install.sh $(VENV) .cache/vllm
 	@touch $@
+
+# What the chat page is tested in: Debian's Chromium, headless, and letters for Chinese. Wants root.
+browser:
+	apt-get update
+	apt-get install --yes --no-install-recommends chromium fonts-noto-cjk

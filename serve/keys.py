@@ -47,10 +47,12 @@ def _checked(name: str, entries: Iterable[str]) -> Iterable[str]:
             yield entry
 
 
-def is_authorized(header: str | None, hashes: frozenset[str]) -> bool:
-    """Whether an Authorization header carries a known key. Comparing hashes gives nothing away by its time."""
+def known_hash(header: str | None, hashes: frozenset[str]) -> str | None:
+    """The hash of the key that an Authorization header carries, if it is known. Comparing hashes gives nothing away
+    by its time."""
     scheme, _, key = (header or "").partition(" ")
-    return scheme.lower() == "bearer" and hash_key(key.strip()) in hashes
+    hashed = hash_key(key.strip())
+    return hashed if scheme.lower() == "bearer" and hashed in hashes else None
 
 
 if __name__ == "__main__":

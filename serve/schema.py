@@ -1,8 +1,8 @@
-"""The chat API's requests and replies, as OpenAI's. A parameter that this server does not implement is refused."""
+"""The API's requests, as OpenAI's. A parameter that this server does not implement is refused."""
 
 import base64
 import re
-import time
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.IGNORECASE)
+HTTPS = re.compile(r"https://", re.IGNORECASE)
 REMOTE = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -30,12 +31,21 @@ class TextPart(Strict):
     text: str
 
 
-def _picture_bytes(url: Any) -> bytes:
-    """A picture file's bytes from a data URL."""
+@dataclass(frozen=True)
+class RemotePicture:
+    """A picture to be fetched; serve/remote.py decides whether it is."""
+
+    url: str
+
+
+def _picture(url: Any) -> bytes | RemotePicture:
+    """A picture file's bytes from a data URL, or an https URL."""
     if not isinstance(url, str):
         raise ValueError("expected a string")
+    if HTTPS.match(url):
+        return RemotePicture(url)
     if REMOTE.match(url):
-        raise ValueError("pictures are not fetched from remote addresses; send a data URL (data:image/...;base64,...)")
+        raise ValueError("pictures are not fetched from such addresses; send a data URL (data:image/...;base64,...)")
     if not (head := DATA_URL.match(url)):
         raise ValueError("expected a data URL of a picture (data:image/...;base64,...)")
     try:
@@ -47,11 +57,13 @@ def _picture_bytes(url: Any) -> bytes:
     return content
 
 
-DataURL = Annotated[bytes, BeforeValidator(_picture_bytes), WithJsonSchema({"type": "string", "format": "uri"})]
+PictureURL = Annotated[
+    bytes | RemotePicture, BeforeValidator(_picture), WithJsonSchema({"type": "string", "format": "uri"})
+]
 
 
 class ImageURL(Strict):
-    url: DataURL = Field(description="data:image/png;base64,... of a picture file")
+    url: PictureURL = Field(description="data:image/png;base64,... of a picture file, or https:// of an allowed host")
     detail: Literal["auto", "low", "high"] = Field("auto", description="Accepted; every picture has one resolution.")
 
 
@@ -104,6 +116,25 @@ class TextFormat(Strict):
     type: Literal["text"]
 
 
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    name: str = Field(pattern=r"^[\w-]{1,64}$")
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="Accepted; every answer follows its schema.")
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
 class ChatCompletionRequest(Strict):
     model: str
     messages: list[Message] = Field(min_length=1, max_length=256)
@@ -111,17 +142,23 @@ class ChatCompletionRequest(Strict):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     seed: int | None = None
     stop: Stop | list[Stop] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+    # Not OpenAI's; named as vLLM has them.
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
 
     # Accepted where they ask for nothing that this server does not do.
     n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    response_format: TextFormat | None = None
     # For the operator of a service, not for the model.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -135,9 +172,11 @@ class ChatCompletionRequest(Strict):
         return stop
 
     @model_validator(mode="after")
-    def _options_need_stream(self) -> "ChatCompletionRequest":
+    def _options_need_others(self) -> "ChatCompletionRequest":
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is only allowed when 'stream' is true")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("'top_logprobs' is only allowed when 'logprobs' is true")
         return self
 
     @property
@@ -149,30 +188,23 @@ class ChatCompletionRequest(Strict):
         """Most tokens to generate; the newer name wins."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.json_schema
+        return {"type": "object"} if isinstance(self.response_format, JsonObjectFormat) else None
 
 
-class Reply:
-    """The JSON objects of one answer: the whole of it, or chunk by chunk."""
+class TokenizeRequest(Strict):
+    """Either a text or a conversation, as vLLM's /tokenize."""
 
-    def __init__(self, completion_id: str, model: str) -> None:
-        self.model = model
-        self._head = {"id": completion_id, "created": int(time.time()), "model": model}
+    model: str
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=256)
+    add_generation_prompt: bool = True
 
-    def completion(self, text: str, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage}
-
-    def chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either 'prompt' or 'messages'")
+        return self

@@ -106,11 +106,13 @@ def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rclone]:
         server.terminate()
 
 
-def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate of 127.0.0.1 that nobody trusts yet, and its key."""
+def make_certificate(folder: Path, *names: str) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1, and of these names, that nobody trusts yet, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    address = x509.SubjectAlternativeName(
+        [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), *map(x509.DNSName, names)]
+    )
     now = datetime.datetime.now(datetime.UTC)
     day = datetime.timedelta(days=1)
     certificate = (

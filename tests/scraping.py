@@ -44,8 +44,8 @@ class Scrape:
         found = [one for one in samples if one.name == name and labels.items() <= one.labels.items()]
         return [one.value for one in found if float(one.labels.get("le", "inf")) >= least]
 
-    def total(self, name: str, **labels: str) -> float:
-        return sum(self.values(name, **labels))
+    def total(self, name: str, least: float = 0, **labels: str) -> float:
+        return sum(self.values(name, least, **labels))
 
 
 def declared(area: ModuleType) -> set[tuple[str, str, str]]:

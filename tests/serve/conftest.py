@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mqwen.engine.request import RequestError, TokenEvent
-from mqwen.storage import locate
-from serve.replica import ChatTask, ModelReplica
+from mqwen.engine.request import RequestError
+from serve.replica import ModelReplica
+from serve.settings import ModelSettings
+from serve.task import ChatTask, Chunk, TokenizeTask, Tokens
 from tests.engine.tiny import build_artifact
 
 
@@ -20,16 +21,22 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class LocalBackend:
-    """`ingress.Backend` over a replica in this process."""
+    """`backend.Backend` over a replica in this process."""
 
     def __init__(self, replica: ModelReplica) -> None:
         self.replica = replica
 
-    async def generate(self, task: ChatTask) -> AsyncGenerator[TokenEvent]:
+    async def generate(self, task: ChatTask) -> AsyncGenerator[Chunk]:
         async for item in self.replica.generate(task):
             if isinstance(item, RequestError):
                 raise item
             yield item
+
+    async def tokenize(self, task: TokenizeTask) -> Tokens:
+        found = await self.replica.tokenize(task)
+        if isinstance(found, RequestError):
+            raise found
+        return found
 
     async def is_ready(self) -> bool:
         return await self.replica.is_ready()
@@ -37,6 +44,6 @@ class LocalBackend:
 
 @pytest.fixture(scope="session")
 def replica(artifact: Path) -> Iterator[ModelReplica]:
-    replica = ModelReplica(locate(artifact), "tiny", gpu=False)
+    replica = ModelReplica(ModelSettings(checkpoint=artifact))
     yield replica
     asyncio.run(replica.engine.drain())

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from mqwen.engine.request import EngineFailedError
+from serve.backend import Served
 from serve.ingress import Policy, create_app
 from serve.keys import hash_key
 from serve.replica import ModelReplica
@@ -40,6 +41,17 @@ def image(url: Any, **more: Any) -> dict[str, Any]:
     return user([{"type": "image_url", "image_url": {"url": url} | more}])
 
 
+def answer_like(schema: Any) -> dict[str, Any]:
+    return body(response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}})
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "nonsense"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that says it is large and holds next to nothing: a decompression bomb's beginning."""
 
@@ -48,6 +60,14 @@ def png_header(width: int, height: int) -> bytes:
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000)))
+
+
+def png_text_bomb() -> bytes:
+    """A small picture with a compressed text that is 100 MB long."""
+    text = b"Comment\0\0" + zlib.compress(bytes(100_000_000))
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    content = picture(1)
+    return content[:33] + chunk + content[33:]
 
 
 PICTURE = data_url(picture(1))
@@ -115,14 +135,36 @@ BAD: dict[str, tuple[Any, int, str | None, str]] = {
     "five stops": (body(stop=list("abcde")), 400, "stop", "at most 4"),
     "empty stop": (body(stop=""), 400, "stop", "at least 1"),
     "two answers": (body(n=2), 400, "n", "1"),
-    "logprobs": (body(logprobs=True), 400, "logprobs", "False"),
-    "penalty": (body(presence_penalty=0.5), 400, "presence_penalty", ""),
-    "json_schema": (body(response_format={"type": "json_schema"}), 400, "response_format.type", "'text'"),
+    "too many logprobs": (body(logprobs=True, top_logprobs=21), 400, "top_logprobs", "20"),
+    "top_logprobs alone": (body(top_logprobs=2), 400, None, "'logprobs' is true"),
+    "penalty": (body(presence_penalty=2.5), 400, "presence_penalty", ""),
+    "json_schema without one": (
+        body(response_format={"type": "json_schema"}),
+        400,
+        "response_format.json_schema",
+        "Missing",
+    ),
+    "a schema that is none": (answer_like({"type": 5}), 400, "response_format", "cannot be followed"),
+    "a schema without end": (answer_like({"$ref": "#/x"}), 400, "response_format", "cannot be followed"),
+    "a deep schema": (answer_like(nested(200)), 400, "response_format", "cannot be followed"),
+    "a name for a schema": (
+        body(response_format={"type": "json_schema", "json_schema": {"name": "../x", "schema": {}}}),
+        400,
+        "response_format.json_schema.name",
+        "",
+    ),
     "tools": (body(tools=[]), 400, "tools", "Unknown parameter"),
     "stream is text": (body(stream="maybe"), 400, "stream", "boolean"),
     "stream_options alone": (body(stream=False, stream_options={}), 400, None, "'stream' is true"),
     "http url": (image("http://example.com/a.png"), 400, URL, "not fetched"),
     "https url": (image("https://example.com/a.png"), 400, URL, "not fetched"),
+    "https to loopback": (image("https://127.0.0.1/a.png"), 400, URL, "not fetched"),
+    "https to a decimal host": (image("https://2130706433/a.png"), 400, URL, "not fetched"),
+    "https to IPv6": (image("https://[::1]/a.png"), 400, URL, "not fetched"),
+    "https without a host": (image("https:///a.png"), 400, URL, "not fetched"),
+    "https with a broken host": (image("https://[::1/a.png"), 400, URL, "not fetched"),
+    "https with a broken port": (image("https://example.com:x/a.png"), 400, URL, "not fetched"),
+    "gopher": (image("gopher://127.0.0.1:6379/_INFO"), 400, URL, "not fetched"),
     "metadata service": (image("http://169.254.169.254/"), 400, URL, "not fetched"),
     "file url": (image("file:///etc/passwd"), 400, URL, "not fetched"),
     "a path": (image("/etc/passwd"), 400, URL, "data URL"),
@@ -139,6 +181,9 @@ BAD: dict[str, tuple[Any, int, str | None, str]] = {
     "half a picture": (image(data_url(picture(1)[:200])), 400, URL, "Picture 1"),
     "bomb": (image(data_url(png_header(9_000, 9_000))), 400, URL, "9000 x 9000 pixels"),
     "bomb beyond Pillow's limit": (image(data_url(png_header(2**31 - 1, 2**31 - 1))), 400, URL, "Picture 1"),
+    "a script that begins as a GIF": (image(data_url(b"GIF89a/*" + b"*/=1;alert(1)" * 50)), 400, URL, "Picture 1"),
+    "a ZIP that ends as a PNG": (image(data_url(b"PK\x03\x04" + picture(1))), 400, URL, "no picture"),
+    "a bomb of text": (image(data_url(png_text_bomb())), 400, URL, "Picture 1"),
     "zero pixels": (image(data_url(png_header(0, 5))), 400, URL, "Picture 1"),
     "five pictures": (user([{"type": "image_url", "image_url": {"url": PICTURE}}] * 5), 400, "messages", "at most 4"),
     "long text": (user("a b" * (LIMIT // 4)), 400, "messages", "tokens or more; the context has"),
@@ -149,8 +194,9 @@ BAD: dict[str, tuple[Any, int, str | None, str]] = {
 
 @pytest.fixture(scope="module")
 def post(replica: ModelReplica) -> Iterator[Callable[..., httpx.Response]]:
-    policy = Policy(model="tiny", key_hashes=frozenset({hash_key(KEY)}), max_body_bytes=LIMIT, max_pictures=4)
-    transport = httpx.ASGITransport(create_app(LocalBackend(replica), policy), raise_app_exceptions=False)
+    policy = Policy(key_hashes=frozenset({hash_key(KEY)}), max_body_bytes=LIMIT, max_pictures=4)
+    models = {"tiny": Served(LocalBackend(replica))}
+    transport = httpx.ASGITransport(create_app(models, policy), raise_app_exceptions=False)
     with asyncio.Runner() as runner:
 
         def send(content: Any, path: str = "/v1/chat/completions", method: str = "POST", **more: Any) -> httpx.Response:
@@ -199,6 +245,7 @@ def test_after_all_of_them_a_good_request_is_answered(post: Callable[..., httpx.
 RECEIVED = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, "tool_calls": None}
 GOOD: dict[str, dict[str, Any]] = {
     "neutral parameters": body(n=1, logprobs=False, presence_penalty=0, frequency_penalty=0.0, user="u", store=False),
+    "all sampling": body(top_k=5, min_p=0.1, repetition_penalty=1.2, presence_penalty=1, frequency_penalty=-1),
     "a reply sent back": body(messages=[*ASKED, RECEIVED, *ASKED]),
     "text format": body(response_format={"type": "text"}),
     "nulls": body(temperature=None, top_p=None, stop=None, seed=None, stream=None, max_tokens=None) | {"max_tokens": 2},
@@ -209,6 +256,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "huge seed": body(seed=2**200, temperature=1),
     "empty text": user(""),
     "upper case data URL": image(PICTURE.replace("data:image/png;base64", "DATA:IMAGE/PNG;BASE64")),
+    "a picture that goes on as a page": image(data_url(picture(1) + b"<html><script>alert(1)</script>")),
     "wrong kind of picture in the URL": image(data_url(picture(1), "image/jpeg")),
     "a name with the developer role": body(messages=[{"role": "developer", "content": "x"}, *ASKED]),
 }
@@ -237,7 +285,7 @@ def test_text_cannot_spell_control_tokens(post: Callable[..., httpx.Response]) -
         (f"Bearer {hash_key(KEY)}", "invalid_api_key"),
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/tokenize", "/nowhere"])
 def test_without_a_right_key_nothing_is_shown(
     post: Callable[..., httpx.Response], authorization: str | None, code: str, path: str
 ) -> None:
@@ -256,6 +304,11 @@ def test_a_body_without_a_length_is_stopped_at_the_limit(post: Callable[..., htt
 
     check_error(post(endless()), 413, None, "limit")
     assert sent <= LIMIT + 2 * 65536
+
+
+@pytest.mark.parametrize("headers", [{"X-Long": "x" * 100_000}, {f"X-{n}": "x" * 100 for n in range(1000)}])
+def test_huge_headers_are_refused_before_the_key(post: Callable[..., httpx.Response], headers: dict[str, str]) -> None:
+    check_error(post(b"{}", headers=headers | {"Authorization": None}), 431, None, "headers")
 
 
 def test_a_wrong_content_type_is_refused(post: Callable[..., httpx.Response]) -> None:

@@ -3,17 +3,11 @@
 import asyncio
 import base64
 import json
-import os
-import shutil
+import math
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,82 +22,37 @@ from ray import serve
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.chat import encode_chat
 from mqwen.telemetry import serving
-from serve.keys import ENVIRONMENT, hash_key
+from serve.keys import hash_key
 from tests.engine.tiny import generate_alone, picture
-from tests.scraping import FAST, Scrape, declared, discovered, scrape_until
-
-KEY = "sk-service"
-
-
-@dataclass
-class Service:
-    """`serve run CONFIG`, started as a user would, from the repository root."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-    log: Path
-    folder: Path  # of its Ray; in the environment of all that it starts
-
-    def is_ready(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()
-        try:
-            return all(httpx.get(f"{self.url}{path}/ready", timeout=10).status_code == 200 for path in ("", "/narrow"))
-        except httpx.TransportError:
-            return False
-
-    def processes(self) -> list[psutil.Process]:
-        def belongs(process: psutil.Process) -> bool:
-            try:
-                return process.environ().get("RAY_TMPDIR") == str(self.folder)
-            except psutil.Error:
-                return False
-
-        return [process for process in psutil.process_iter() if belongs(process)]
+from tests.scraping import Scrape, declared, discovered, scrape_until
+from tests.serve.collecting import Collector, collecting
+from tests.serve.running import KEY, Service, application, running
 
 
 @pytest.fixture(scope="module")
-def service(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Two applications on one cluster: `/` as users have it, `/narrow` with little room for requests.
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
 
-    Options come in a file, because only a file can choose the port.
+
+@pytest.fixture(scope="module")
+def service(artifact: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Two applications on one cluster: `/` as users have it, and `/narrow` with little room for requests.
+
+    The first has two ingress replicas, which count each key's requests together.
     """
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
     shared = {"checkpoint": str(artifact), "cpus": 0.25}  # all of it fits on one core
+    limits = {"ingress_replicas": 2, "key_concurrency": 30}
     narrow = {"name": "narrow", "auth": "off", "max_ongoing_requests": 1, "max_queued_requests": 2}
     narrow |= {"min_replicas": 2, "max_replicas": 2}
-    applications = [
-        {"name": "main", "import_path": "serve.app:build", "route_prefix": "/", "args": shared},
-        {"name": "narrow", "import_path": "serve.app:build", "route_prefix": "/narrow", "args": shared | narrow},
-    ]
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets lie in it
-    config = folder / "config.yaml"  # JSON is YAML
-    config.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, "applications": applications}))
-    own = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"} | FAST
-    log = tmp_path_factory.mktemp("service") / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("serve")), "run", str(config)],
-            cwd=Path(__file__).parents[2],
-            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-            | own
-            | {ENVIRONMENT: hash_key(KEY)},
-            stdout=out,
-            stderr=out,
-        )
-    service = Service(process, f"http://127.0.0.1:{port}", log, folder)
-    try:
-        deadline = time.monotonic() + 120
-        while not service.is_ready():
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+    with running(
+        tmp_path_factory.mktemp("service") / "log",
+        application("main", "/", **shared, **limits),
+        application("narrow", "/narrow", **shared, **narrow),
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+        OTEL_BSP_SCHEDULE_DELAY="200",
+    ) as service:
         yield service
-    finally:
-        process.kill()
-        for one in service.processes():
-            one.kill()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +65,7 @@ def cluster(service: Service) -> Iterator[Executor]:
     """Another driver of the service's cluster, in a process of its own: Ray's threads may end a process with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        words = [word for process in service.processes() for word in process.cmdline()]
-        address = next(word for word in words if word.startswith("--gcs-address=")).partition("=")[2]
-        with ProcessPoolExecutor(1, get_context("spawn"), initializer=join, initargs=(address,)) as driver:
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=join, initargs=(service.gcs(),)) as driver:
             yield driver
 
 
@@ -224,10 +171,13 @@ def test_the_metrics_are_those_of_the_requests(service: Service, client: openai.
     assert found.total("ray_mqwen_request_success_total", model_name="tiny", finished_reason=reason) == 2
     # Seconds: both requests are in the buckets up to the time that the client waited.
     bound = next(bound for bound in serving.E2E_REQUEST_LATENCY_SECONDS.buckets if bound >= longest)
-    for name in ("e2e_request_latency", "time_to_first_token", "request_queue_time"):
-        buckets = found.values(f"ray_mqwen_{name}_seconds_bucket", bound, model_name="tiny")
-        assert buckets
-        assert set(buckets) == {2}
+    for metric in (
+        serving.E2E_REQUEST_LATENCY_SECONDS,
+        serving.TIME_TO_FIRST_TOKEN_SECONDS,
+        serving.REQUEST_QUEUE_TIME_SECONDS,
+    ):
+        bounds = [one for one in (*metric.buckets, math.inf) if one >= bound]
+        assert found.total(f"{metric.exported}_bucket", bound, model_name="tiny") == 2 * len(bounds)
 
 
 def test_a_conversation_with_pictures(client: openai.OpenAI, expected: Callable[..., str | None]) -> None:
@@ -353,6 +303,26 @@ def test_probes_need_no_key_and_requests_have_ids(url: str) -> None:
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_request_can_be_followed(url: str, service: Service, collector: Collector) -> None:
+    """By its id: in the reply, in the logs of all that it passed, which are JSON, and in the traces."""
+    body = {"model": "tiny", "messages": asked(1), "max_tokens": 2}
+    headers = {"Authorization": f"Bearer {KEY}", "x-request-id": "followed"}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers)
+    assert response.headers["x-request-id"] == "followed"
+    assert response.json()["id"] == "chatcmpl-followed"
+
+    def logged() -> set[str]:
+        logs = (service.folder / "ray").glob("session_2*/logs/serve/replica_main_*.log")
+        lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+        return {line["deployment"] for line in lines if line.get("request_id") == "followed"}
+
+    passed = {"Ingress", "KeyLimits", "ModelReplica"}
+    deadline = time.monotonic() + 30
+    while (found := (logged(), collector.of_request("followed"))) != ({f"main_{one}" for one in passed}, passed):
+        assert time.monotonic() < deadline, (found, collector.spans)
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_aborts_its_generation(url: str, cluster: Executor, stream: bool) -> None:
     async def ask() -> dict[str, Any]:
@@ -376,6 +346,40 @@ def test_a_client_that_leaves_aborts_its_generation(url: str, cluster: Executor,
         await until(ask, lambda stats: stats["aborted"] == before["aborted"] + 1)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("headers", [{"x-long": "x" * 100_000}, {f"x-{n}": "x" * 100 for n in range(1000)}])
+def test_huge_headers_reach_nobody(url: str, headers: dict[str, str]) -> None:
+    response = httpx.get(f"{url}/v1/models", headers=headers | {"Authorization": f"Bearer {KEY}"})
+    assert response.status_code in (400, 431)
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_one_key_over_two_ingresses(url: str) -> None:
+    """401 without a key and with a wrong one, 429 over the limit: all in OpenAI's form."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "总和"}], "max_tokens": 200, "temperature": 2}
+
+    async def main() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=40)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+
+            async def ask(number: int, key: str | None = KEY) -> httpx.Response:
+                headers = {"Authorization": f"Bearer {key}"} if key else {}
+                return await client.post("/v1/chat/completions", json=body | {"seed": number}, headers=headers)
+
+            return await asyncio.gather(ask(0, None), ask(1, "sk-wrong"), *map(ask, range(38)))
+
+    missing, wrong, *others = asyncio.run(main())
+    assert [missing.status_code, wrong.status_code] == [401, 401]
+    assert missing.json()["error"]["code"] == "missing_api_key"
+    assert wrong.json()["error"]["code"] == "invalid_api_key"
+    refused = [one for one in others if one.status_code != 200]
+    assert 1 <= len(refused) <= 8  # of 38 at once 30 are let in, by both ingresses together
+    for one in refused:
+        assert one.status_code == 429
+        assert one.headers["retry-after"] == "1"
+        error = one.json()["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "concurrency_limit_exceeded")
 
 
 async def until(ask: Callable[[], Any], condition: Callable[[Any], bool]) -> None:

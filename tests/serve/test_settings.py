@@ -17,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 from mqwen.storage import Location
 from serve.app import build
 from serve.keys import ENVIRONMENT, hash_key
+from serve.page import build as build_page
 from serve.replica import ModelReplica
 from serve.settings import Settings, SettingsError
 
@@ -34,7 +35,7 @@ def test_defaults(artifact: Path) -> None:
     [
         ({"chekpoint": "x"}, "Unknown option chekpoint=x; did you mean checkpoint?"),
         ({"replicas": "3"}, "did you mean min_replicas?|did you mean max_replicas?"),
-        ({"zzz": "3"}, "Unknown option zzz=3; allowed are checkpoint, name, auth"),
+        ({"zzz": "3"}, "Unknown option zzz=3; allowed are checkpoint, name, adapters"),
         ({"max_replicas": "many"}, "Option max_replicas=many: .*integer"),
         ({"min_replicas": "3", "max_replicas": "2"}, "max_replicas=2 is below min_replicas=3"),
         ({"initial_replicas": "2"}, "initial_replicas=2 is not within min_replicas and max_replicas"),
@@ -60,7 +61,7 @@ def test_an_artifact_on_s3(artifact: Path, bucket: Location, tmp_path: Path, mon
         (bucket / "mine" / file.name).upload(file)
     settings = Settings.from_arguments({"checkpoint": f"{bucket}/mine"})
     assert settings.model == "mine"
-    replica = ModelReplica(pickle.loads(pickle.dumps(settings.checkpoint)), "tiny", gpu=False)  # noqa: S301
+    replica = ModelReplica(pickle.loads(pickle.dumps(settings.models()[0])))  # noqa: S301
     assert asyncio.run(replica.is_ready())
     asyncio.run(replica.engine.drain())
     for uri, message in (("s3://nowhere/mine", "has no bucket 'nowhere'"), (f"{bucket}/other", "holds no files")):
@@ -116,13 +117,48 @@ def test_another_models_vocabulary_is_refused(artifact: Path, tmp_path: Path) ->
         Settings.from_arguments({"checkpoint": str(folder), "auth": "off"})
 
 
+SAMPLES = Path(__file__).parents[2] / "serve"
+
+
+def test_the_sample_of_several_models_can_be_built(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, hash_key("sk-a"))
+    text = re.sub(r"s3://\S+", str(artifact), (SAMPLES / "several.yaml").read_text())
+    models, page = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    models.args["more_models"].pop("vllm")  # it wants an export of another form
+    settings = Settings.from_arguments(models.args)
+    assert [one.model for one in settings.models()] == ["mine", "small"]
+    assert [(one.gpus, one.max_replicas, list(one.adapters)) for one in settings.models()] == [
+        (1, 4, ["poems"]),
+        (0.5, 2, []),
+    ]
+    build(models.args)
+    build_page(page.args)
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({"other": {}}, "more_models.other has no checkpoint"),
+        ({"other": {"checkpoint": "X", "gpu": 1}}, "Unknown option gpu=1; did you mean gpus?"),
+        ({"other": {"checkpoint": "X", "gpus": -1}}, "Option gpus=-1: "),
+        ({"tiny": {"checkpoint": "X"}}, "given twice: tiny"),
+        ({"other": {"checkpoint": "X", "adapters": {"tiny": "X"}}}, "given twice: tiny"),
+        ({"other": {"checkpoint": "X", "engine": "vllm"}}, "engine=vllm serves an export of --form llava"),
+    ],
+)
+def test_wrong_further_models(artifact: Path, models: dict[str, Any], message: str) -> None:
+    given = yaml.safe_load(str(models).replace("'X'", repr(str(artifact))))
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        Settings.from_arguments({"checkpoint": str(artifact), "more_models": given})
+
+
 def test_the_sample_config_has_options_that_exist_with_their_defaults() -> None:
-    text = (Path(__file__).parents[2] / "serve" / "config.yaml").read_text()
+    text = (SAMPLES / "config.yaml").read_text()
     ServeDeploySchema.model_validate(yaml.safe_load(text))
     with_optional = re.sub(r"^( +)# (\w+: )", r"\1\2", text, flags=re.MULTILINE)
     (application,) = ServeDeploySchema.model_validate(yaml.safe_load(with_optional)).applications
     assert (application.name, application.import_path, application.route_prefix) == ("mine", "serve.app:build", "/")
     assert application.args.keys() <= Settings.model_fields.keys()
     assert len(application.args) > 4
-    for option in ("max_replicas", "cpus", "gpus"):
+    for option in ("min_replicas", "max_replicas", "cpus", "gpus", "max_queued_requests", "downscale_delay"):
         assert application.args[option] == Settings.model_fields[option].default

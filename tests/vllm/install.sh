@@ -22,7 +22,7 @@ for line in vllm.requires or []:
     if not need.name.startswith(("torch", "setuptools")) and (need.marker is None or need.marker.evaluate({"extra": ""})):
         print(need.name + (f"[{','.join(need.extras)}]" if need.extras else "") + str(need.specifier))
 PYTHON
-grep -v '^numpy' constraints.txt > "$target/constraints.txt"
+grep -v -e '^numpy' -e '^llguidance' constraints.txt > "$target/constraints.txt"
 $pip install --constraint "$target/constraints.txt" --requirement "$target/needs.txt"
 # The torchvision of the registry is built for CUDA; without its C++ part the fake kernels of nms have nothing to fake.
 "$target/bin/python" - "$own/torchvision/_meta_registrations.py" <<'PYTHON'

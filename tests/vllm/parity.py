@@ -51,6 +51,8 @@ def export(folder: Path) -> None:
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.05
     export_llava(model, processor, folder / "model")
+    model.save_pretrained(folder / "artifact")
+    processor.save_pretrained(folder / "artifact")
     rng, pixels = random.Random(0), np.random.default_rng(0)
     asked = []
     for number in range(REQUESTS):

@@ -114,7 +114,7 @@ class Engine:
             cache_bytes=settings.picture_cache_bytes,
         )
         self._pool = BlockPool(blocks + 1, settings.block_size)
-        self._width = model.config.image_positions
+        self.picture_positions = self._width = model.config.image_positions
         self._scheduler = Scheduler(
             self._pool, positions=settings.max_step_positions, rows=settings.max_batch_size, width=self._width
         )

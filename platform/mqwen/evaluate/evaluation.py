@@ -76,17 +76,26 @@ class Evaluation:
         ]
         return cls(artifact, opened, places, generation, actors)
 
+    def batches(self) -> list[list[Place]]:
+        """What actors are asked at once; the same for any number of them."""
+        return [self.places[at : at + BATCH] for at in range(0, len(self.places), BATCH)]
+
+    def require_room(self, batches: int) -> int:
+        """How many actors answer so many batches. Raises ResourcesError where the cluster has no room for them."""
+        actors = min(self.actors.count, batches)
+        bundle = {"CPU": float(self.actors.cpus)} | ({"GPU": float(self.actors.gpus)} if self.actors.gpus else {})
+        way_out = "Ask for less with --actors.count, --actors.cpus or --actors.gpus"
+        require(bundle, actors, WAIT, "actors", way_out, "a small model can be evaluated without, with --actors.gpus 0")
+        return actors
+
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Answer]:
         """Every sample's answer, by key; `progress(answered, of)` is called after each batch. Needs a Ray cluster.
 
         Which samples are asked together does not depend on the actors. Raises ResourcesError where the cluster has no
         room for them, and UserError where storage fails.
         """
-        batches = [self.places[at : at + BATCH] for at in range(0, len(self.places), BATCH)]
-        actors = min(self.actors.count, len(batches))
-        bundle = {"CPU": float(self.actors.cpus)} | ({"GPU": float(self.actors.gpus)} if self.actors.gpus else {})
-        way_out = "Ask for less with --actors.count, --actors.cpus or --actors.gpus"
-        require(bundle, actors, WAIT, "actors", way_out, "a small model can be evaluated without, with --actors.gpus 0")
+        batches = self.batches()
+        actors = self.require_room(len(batches))
         items = [{"places": pickle.dumps(batch)} for batch in batches]
         ray.data.DataContext.get_current().enable_progress_bars = False
         answered = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(

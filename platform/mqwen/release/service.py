@@ -23,6 +23,7 @@ from mqwen.release.errors import ReleaseError
 
 LOOPBACK = "127.0.0.1"
 POLL = 0.5  # seconds
+MODEL = "ModelReplica"  # of an application's deployments the one that scales; serve/app.py names it
 
 Application = dict[str, Any]
 """As in the config file of `serve deploy`: name, route_prefix, import_path, args, runtime_env, ..."""
@@ -138,7 +139,7 @@ class Service:
     def _replicas(self, args: dict[str, Any], live: Application | None) -> int:
         """Of the live application, within what the new one may have."""
         deployments = self._details()[live["name"]]["deployments"] if live else {}
-        running = max((len(one["replicas"]) for one in deployments.values()), default=1)
+        running = len(deployments.get(MODEL, {}).get("replicas", [])) or 1
         least = int(args.get("min_replicas", 1))
         return max(least, min(running, int(args.get("max_replicas", least))))
 

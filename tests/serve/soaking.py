@@ -1,0 +1,323 @@
+"""What happens to a service under load; each run gives a table and the figures that the soak tests hold to limits."""
+
+import asyncio
+import os
+import signal
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import ray
+from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+from tests.scraping import Scrape, discovered, scrape_until
+from tests.serve.clients import Outcomes, chat, closed_loop, connected, open_loop
+from tests.serve.running import ROOT, Service, application, running
+
+What = Literal["load", "kill", "upgrade", "scale", "routing"]
+
+
+@dataclass
+class Table:
+    """rows: what the result's file shows. figures: the same by name, for tests."""
+
+    rows: list[tuple[str, Any]] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, label: str, value: Any) -> None:
+        self.rows.append((label, value))
+        self.figures[name] = value
+        print(f"{label}: {value}", flush=True)
+
+    def markdown(self) -> str:
+        return "| | |\n|---|---|\n" + "\n".join(f"| {label} | {value} |" for label, value in self.rows)
+
+
+@contextmanager
+def cluster(service: Service) -> Any:
+    """Another driver of the service's cluster, in a process of its own: Ray's threads may end a process with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=join, initargs=(service.gcs(),)) as driver:
+            yield driver
+
+
+def join(address: str) -> None:
+    ray.init(address=address, namespace="serve", log_to_driver=False)
+
+
+def replicas(app: str = "main", deployment: str = "ModelReplica") -> list[dict[str, Any]]:
+    """Serve's own words: id, state, pid of each. None at the moment in which an upgrade is taken in."""
+    details = serve.context._get_global_client().get_serve_details()
+    return details["applications"][app]["deployments"].get(deployment, {}).get("replicas", [])
+
+
+def stats() -> dict[str, int]:
+    """Of an application with one replica."""
+    return serve.get_deployment_handle("ModelReplica", "main").stats.remote().result()
+
+
+async def call(driver: Executor, function: Callable[..., Any], *words: Any) -> Any:
+    return await asyncio.wrap_future(driver.submit(function, *words))
+
+
+async def until(driver: Executor, condition: Callable[[list[dict[str, Any]]], bool], limit: float = 120) -> float:
+    """Seconds until Serve's list of replicas is so."""
+    began = time.monotonic()
+    async with asyncio.timeout(limit):
+        while not condition(await call(driver, replicas)):
+            await asyncio.sleep(0.1)
+    return time.monotonic() - began
+
+
+def count_running(found: list[dict[str, Any]]) -> int:
+    return sum(one["state"] == "RUNNING" for one in found)
+
+
+@asynccontextmanager
+async def loaded(url: str, clients: int, tokens: int = 24) -> AsyncIterator[asyncio.Task[Outcomes]]:
+    """So many clients ask during the block, and end with it."""
+    ended = asyncio.Event()
+    async with connected(url) as client:
+        task = asyncio.create_task(closed_loop(client, clients, ended, tokens))
+        try:
+            yield task
+        finally:
+            ended.set()
+            await task
+
+
+def load(artifact: Path, folder: Path, minutes: float) -> Table:
+    table = Table()
+    options = {"max_queued_requests": 64, "max_ongoing_requests": 32, "max_pixels": 1_000_000}
+
+    def resident(service: Service) -> float:
+        """MB of the processes that requests go through: proxies, ingress, replicas."""
+        names = ("ray::ServeReplica", "ray::ProxyActor")
+        return sum(
+            one.memory_info().rss for one in service.processes() if (one.cmdline() or [""])[0].startswith(names)
+        ) / (1 << 20)
+
+    async def main(service: Service, driver: Executor) -> None:
+        async with connected(service.url) as client:
+            ended = asyncio.Event()
+            task = asyncio.create_task(closed_loop(client, 32, ended))
+            await asyncio.sleep(min(20, minutes * 6))
+            ended.set()
+            capacity = len((await task).seconds) / min(20, minutes * 6)
+            outcomes, memory = Outcomes(), list[tuple[float, float]]()
+            work = asyncio.create_task(open_loop(client, 1.5 * capacity, minutes * 60, outcomes))
+            began = time.monotonic()
+            while not work.done():
+                memory.append((time.monotonic() - began, await asyncio.to_thread(resident, service)))
+                await asyncio.wait([work], timeout=minutes)
+            await work
+        async with asyncio.timeout(60):
+            while True:
+                found = await call(driver, stats)
+                if not (found["running"] or found["waiting"] or found["kv_blocks_used"]):
+                    break
+                await asyncio.sleep(0.2)
+        third = statistics.mean(value for at, value in memory if minutes * 18 <= at < minutes * 24)
+        last = statistics.mean(value for at, value in memory if at >= minutes * 54)
+        table.add("capacity", "capacity, requests/s", round(capacity, 1))
+        table.add("sent", "minutes at 1.5 times that", minutes)
+        table.add("statuses", "answers by status", dict(sorted(outcomes.statuses.items())))
+        table.add("broken", "streams that broke", dict(outcomes.broken))
+        table.add("left", "clients that left", outcomes.left)
+        table.add("aborted", "generations aborted", found["aborted"])
+        table.add("failed", "generations failed", found["failed"])
+        table.add("growth", "memory, last tenth over the fourth tenth", round(last / third, 3))
+        table.add("memory", "memory at the end, MB", round(last))
+        table.add("blocks", "KV blocks in use at the end", found["kv_blocks_used"])
+        table.add("at_work", "requests at work at the end", found["running"] + found["waiting"])
+
+    arguments = application("main", "/", checkpoint=str(artifact), cpus=0.5, **options)
+    with running(folder / "log", arguments) as service, cluster(service) as driver:
+        asyncio.run(main(service, driver))
+    return table
+
+
+def kill(artifact: Path, folder: Path, minutes: float) -> Table:
+    """A replica of two is killed under load; so is one of two of an empty application, in the same run."""
+    table = Table()
+    options = {"min_replicas": 2, "max_replicas": 2, "max_ongoing_requests": 16, "cpus": 0.25}
+    empty = {"name": "empty", "import_path": "tests.serve.empty:app", "route_prefix": "/empty"}
+
+    async def main(service: Service, driver: Executor) -> None:
+        for app, deployment in (("main", "ModelReplica"), ("empty", "Empty")):
+            async with connected(service.url) as client:
+                ended = asyncio.Event()
+                task = asyncio.create_task(closed_loop(client, 8, ended))
+                await asyncio.sleep(5)
+                victim = (await call(driver, replicas, app, deployment))[0]
+                os.kill(victim["pid"], signal.SIGKILL)
+                began = time.monotonic()
+                async with asyncio.timeout(120):
+                    while True:
+                        found = await call(driver, replicas, app, deployment)
+                        if count_running(found) == 2 and victim["pid"] not in [one["pid"] for one in found]:
+                            break
+                        await asyncio.sleep(0.05)
+                seconds = time.monotonic() - began
+                await asyncio.sleep(3)
+                ended.set()
+                outcomes = await task
+            name = "this replica's" if app == "main" else "an empty Serve replica's"
+            table.add(f"{app}_seconds", f"from SIGKILL to full strength, {name}, s", round(seconds, 1))
+            if app == "main":
+                table.add("statuses", "answers by status, 8 clients", dict(sorted(outcomes.statuses.items())))
+                table.add("broken", "streams that ended with an error, by its code", dict(outcomes.broken))
+
+    arguments = application("main", "/", checkpoint=str(artifact), **options)
+    with running(folder / "log", arguments, empty) as service, cluster(service) as driver:
+        asyncio.run(main(service, driver))
+    return table
+
+
+def upgrade(artifact: Path, folder: Path, minutes: float) -> Table:
+    table = Table()
+    options = {"min_replicas": 2, "max_replicas": 2, "cpus": 0.25, "checkpoint": str(artifact)}
+
+    async def main(service: Service, driver: Executor) -> None:
+        client = ServeSubmissionClient(await call(driver, dashboard))
+        before = {one["replica_id"] for one in await call(driver, replicas)}
+        async with loaded(service.url, 8) as work:
+            await asyncio.sleep(5)
+            changed = service.config | {"applications": [application("main", "/", **options, max_answer=200)]}
+            await asyncio.to_thread(client.deploy_applications, changed)
+            seconds = await until(
+                driver,
+                lambda found: (
+                    len(found) == 2 and count_running(found) == 2 and not before & {one["replica_id"] for one in found}
+                ),
+                180,
+            )
+            await asyncio.sleep(3)
+        outcomes = work.result()
+        table.add("seconds", "both replicas replaced after, s", round(seconds, 1))
+        table.add("answered", "requests answered meanwhile, 8 clients", outcomes.statuses[200])
+        table.add("failed", "requests failed", outcomes.failed)
+
+    # What is deployed later is imported by the cluster's own processes, not by `serve run`.
+    path = {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
+    with running(folder / "log", application("main", "/", **options), **path) as service, cluster(service) as driver:
+        asyncio.run(main(service, driver))
+    return table
+
+
+def dashboard() -> str:
+    return f"http://{ray._private.worker.global_worker.node.webui_url}"
+
+
+def scale(artifact: Path, folder: Path, minutes: float) -> Table:
+    table = Table()
+    options = {"max_replicas": 3, "max_ongoing_requests": 8, "upscale_delay": 2, "downscale_delay": 10, "cpus": 0.25}
+
+    async def main(service: Service, driver: Executor) -> None:
+        seen: list[tuple[float, int, int]] = []  # seconds, running replicas, clients
+        await call(driver, replicas)  # the driver has started
+        began, clients = time.monotonic(), 2
+
+        async def watch() -> None:
+            while True:
+                running = count_running(await call(driver, replicas))
+                seen.append((time.monotonic() - began, running, clients))
+                await asyncio.sleep(0.3)
+
+        watching = asyncio.create_task(watch())
+        async with loaded(service.url, 2) as few:
+            await asyncio.sleep(8)
+            clients, step = 18, time.monotonic()
+            async with loaded(service.url, 16, 100) as many:
+                up = await until(driver, lambda found: count_running(found) == 3, 120)
+                await asyncio.sleep(8)
+            clients, fell = 2, time.monotonic()
+            down = await until(driver, lambda found: len(found) == 1, 180)
+        watching.cancel()
+        plot(seen, folder / "service-scale.png")
+        failed = few.result().failed + many.result().failed
+        table.add("up", "from the load step to three replicas, s", round(up, 1))
+        table.add("down", "from its end to one replica, s", round(down, 1))
+        counts = [count for number, (_, count, _) in enumerate(seen) if number == 0 or seen[number - 1][1] != count]
+        table.add("counts", "replicas, one after the other", " ".join(map(str, counts)))
+        table.add("answered", "requests answered", few.result().statuses[200] + many.result().statuses[200])
+        table.add("failed", "requests failed", failed)
+        assert step < fell
+
+    arguments = application("main", "/", checkpoint=str(artifact), **options)
+    with running(folder / "log", arguments) as service, cluster(service) as driver:
+        asyncio.run(main(service, driver))
+    return table
+
+
+def plot(seen: list[tuple[float, int, int]], file: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    seconds, counts, clients = zip(*seen, strict=True)
+    figure, axes = plt.subplots(figsize=(7, 3))
+    axes.step(seconds, counts, where="post", label="replicas")
+    axes.step(seconds, [one / 6 for one in clients], where="post", label="clients / 6", linestyle=":")
+    axes.set(xlabel="seconds", yticks=[0, 1, 2, 3], title="Replicas under a load step")
+    axes.legend()
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+
+
+def routing(artifact: Path, folder: Path, minutes: float) -> Table:
+    """24 conversations of five turns, each turn with a picture, over three replicas, by affinity and at random."""
+    table = Table()
+    options = {"min_replicas": 3, "max_replicas": 3, "max_ongoing_requests": 16, "cpus": 0.2}
+
+    async def converse(client: Any, number: int, outcomes: Outcomes) -> None:
+        messages: list[Any] = []
+        for turn in range(5):
+            messages += chat(1000 * number + turn)["messages"]
+            messages[-1]["content"][0] = chat(number * 5 + turn)["messages"][0]["content"][0]
+            body = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
+            response = await client.post("/v1/chat/completions", json=body)
+            outcomes.statuses[response.status_code] += 1
+            messages.append({"role": "assistant", "content": response.json()["choices"][0]["message"]["content"]})
+
+    async def main(service: Service) -> None:
+        outcomes = Outcomes()
+        async with connected(service.url) as client:
+            for first in range(0, 24, 6):
+                await asyncio.gather(*(converse(client, first + number, outcomes) for number in range(6)))
+        assert outcomes.statuses == {200: 120}
+
+    def totals(found: Scrape) -> dict[str, float]:
+        names = ("prefix_cache_queries", "prefix_cache_hits", "mm_cache_queries", "mm_cache_hits", "request_success")
+        return {name: found.total(f"ray_mqwen_{name}_total", model_name="tiny") for name in names}
+
+    for way in ("affinity", "random"):
+        arguments = application("main", "/", checkpoint=str(artifact), routing=way, **options)
+        with running(folder / "log", arguments) as service:
+            asyncio.run(main(service))
+            addresses = discovered(service.folder)
+            found = totals(scrape_until(addresses, lambda found: totals(found)["request_success"] == 120))
+        share = found["prefix_cache_hits"] / found["prefix_cache_queries"]
+        encoded = found["mm_cache_queries"] - found["mm_cache_hits"]
+        table.add(f"{way}_prefix", f"{way}: positions of prompts found in the prefix cache", f"{share:.1%}")
+        table.add(f"{way}_encoded", f"{way}: pictures encoded", round(encoded))
+        table.figures[way] = share
+    return table
+
+
+RUNS: dict[str, Callable[[Path, Path, float], Table]] = {
+    "load": load,
+    "kill": kill,
+    "upgrade": upgrade,
+    "scale": scale,
+    "routing": routing,
+}

@@ -1,0 +1,118 @@
+"""The chat page in a browser, over the whole service: pictures, several turns, streaming, stop, examples, a wrong key.
+
+It wants Chromium: `make browser`. The screenshots lie in out/page/.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from serve.page import picture_part
+from tests.engine.tiny import picture
+from tests.serve.running import KEY, ROOT, Service, application, free_port, running
+
+pytestmark = pytest.mark.soak
+SHOTS = ROOT / "out" / "page"
+
+
+def test_a_path_that_is_no_upload_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("secret")
+    for path in (str(file), "/etc/passwd", "../../../../etc/passwd"):
+        with pytest.raises(ValueError, match="no uploaded file"):
+            picture_part(path)
+
+
+@pytest.fixture(scope="module")
+def service(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    port = free_port()
+    page = {"name": "page", "import_path": "serve.page:build", "route_prefix": "/chat"}
+    page["args"] = {"model": "tiny", "api": f"http://127.0.0.1:{port}/v1"}
+    log = tmp_path_factory.mktemp("page") / "log"
+    models = application("main", "/", checkpoint=str(artifact), cpus=0.25)
+    with running(log, models, page, http={"port": port}) as service:
+        deadline = time.monotonic() + 120
+        while httpx.get(f"{service.url}/chat/").status_code != 200:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield service
+
+
+@pytest.fixture
+def page(service: Service) -> Iterator[Page]:
+    chromium = shutil.which("chromium")
+    assert chromium, "Chromium is missing: make browser"
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1000, "height": 900})
+        page.set_default_timeout(30_000)
+        outside: list[str] = []
+        page.on("request", lambda request: outside.append(request.url))
+        page.goto(f"{service.url}/chat/")
+        yield page
+        page.unroute_all()
+        browser.close()
+        assert not [url for url in outside if not url.startswith((service.url, "data:", "blob:"))]
+
+
+def ask(page: Page, text: str) -> None:
+    box = page.get_by_role("textbox", name=re.compile("Ask|Message|input", re.I)).first
+    box.fill(text)
+    box.press("Enter")
+
+
+def answers(page: Page) -> list[str]:
+    return page.locator(".bot.message, .message.bot").all_inner_texts()
+
+
+def wait_for_answers(page: Page, count: int) -> None:
+    """Each is there, and the last one has ended: then the box takes another question."""
+    page.wait_for_function(
+        "count => document.querySelectorAll('.bot.message, .message.bot').length >= count", arg=count
+    )
+    expect(page.locator(".stop-button")).to_have_count(0)
+
+
+def test_a_conversation(page: Page, tmp_path: Path) -> None:
+    page.get_by_label("API key").fill(KEY)
+    file = tmp_path / "digit.png"
+    file.write_bytes(picture(3))
+    page.locator("input[type=file]").first.set_input_files(file)
+    expect(page.locator(".thumbnail-item, .thumbnail-image").first).to_be_visible()
+    ask(page, "Which digit is in the picture?")
+    wait_for_answers(page, 1)
+    ask(page, "图片里是哪个数字？")
+    wait_for_answers(page, 2)
+    assert all(text.strip() for text in answers(page))
+    expect(page.locator(".user.message img, .message.user img").first).to_be_visible()
+    page.screenshot(path=SHOTS / "conversation.png", full_page=True)
+
+
+def test_stop_ends_the_generation(page: Page) -> None:
+    page.get_by_label("API key").fill(KEY)
+    ask(page, "Tell me everything about digits.")
+    stop = page.locator(".stop-button")
+    expect(stop).to_be_visible()
+    stop.click()
+    expect(stop).to_have_count(0)
+    page.screenshot(path=SHOTS / "stopped.png", full_page=True)
+
+
+def test_an_example_with_a_picture(page: Page) -> None:
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_text("What is in this picture?").first.click()
+    wait_for_answers(page, 1)
+    expect(page.locator(".user.message img, .message.user img").first).to_be_visible()
+
+
+def test_without_a_key_the_page_says_so(page: Page) -> None:
+    ask(page, "Hello")
+    expect(page.get_by_text("The API key given is not known here.")).to_be_visible()
+    page.screenshot(path=SHOTS / "no-key.png", full_page=True)
