@@ -5,6 +5,12 @@ from mqwen.telemetry.metric import Counter, Gauge, Histogram
 RUN = ("run",)  # its name
 
 STEP = Gauge("mqwen_train_step", "The step that was done last.", RUN)
+LAST_STEP_TIMESTAMP = Gauge(
+    "mqwen_train_last_step_timestamp_seconds",
+    "When the last step was done, in Unix time; time() less it grows while a run hangs.",
+    RUN,
+    "seconds",
+)
 LOSS = Gauge("mqwen_train_loss", "Mean loss of the last step's labelled positions.", RUN)
 HELD_OUT_LOSS = Gauge(
     "mqwen_train_held_out_loss", "Mean loss of the held-out labelled positions, at the last evaluation.", RUN
@@ -19,6 +25,12 @@ TOKENS = Counter("mqwen_train_tokens", "Labelled positions trained on; the rate 
 IMAGES = Counter("mqwen_train_images", "Pictures trained on; the rate is images/s.", RUN, "images")
 DATA_WAIT_SECONDS = Counter(
     "mqwen_train_data_wait_seconds", "Time that rank 0 waited for rows; the rate is the share of time.", RUN, "seconds"
+)
+LEFT_OUT_STEPS = Counter(
+    "mqwen_train_left_out_steps",
+    "Steps left out for their loss or gradient: no number, or a spike.",
+    RUN,
+    "steps",
 )
 
 MFU = Gauge("mqwen_train_mfu", "Share of the workers' peak rate that the last step's model computations reached.", RUN)
