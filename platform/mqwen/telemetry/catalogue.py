@@ -1,9 +1,9 @@
 """All metrics, by area, and the table of them."""
 
-from mqwen.telemetry import reading, serving, training
+from mqwen.telemetry import reading, serving, storing, training
 from mqwen.telemetry.metric import Metric
 
-AREAS = (training, reading, serving)
+AREAS = (training, reading, storing, serving)
 METRICS = {area: [value for value in vars(area).values() if isinstance(value, Metric)] for area in AREAS}
 
 HEAD = """# Metrics

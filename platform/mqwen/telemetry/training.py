@@ -5,6 +5,12 @@ from mqwen.telemetry.metric import Counter, Gauge, Histogram
 RUN = ("run",)  # its name
 
 STEP = Gauge("mqwen_train_step", "The step that was done last.", RUN)
+LAST_STEP_TIMESTAMP = Gauge(
+    "mqwen_train_last_step_timestamp_seconds",
+    "When the last step was done, in Unix time; time() less it grows while a run hangs.",
+    RUN,
+    "seconds",
+)
 LOSS = Gauge("mqwen_train_loss", "Mean loss of the last step's labelled positions.", RUN)
 HELD_OUT_LOSS = Gauge(
     "mqwen_train_held_out_loss", "Mean loss of the held-out labelled positions, at the last evaluation.", RUN
@@ -22,6 +28,12 @@ DATA_WAIT_SECONDS = Counter(
     "Time that a rank waited for rows, the ranks' mean; the rate is the share of time.",
     RUN,
     "seconds",
+)
+LEFT_OUT_STEPS = Counter(
+    "mqwen_train_left_out_steps",
+    "Steps left out for their loss or gradient: no number, or a spike.",
+    RUN,
+    "steps",
 )
 
 MFU = Gauge("mqwen_train_mfu", "Share of the workers' peak rate that the last step's model computations reached.", RUN)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def emit_step(run: str, record: StepRecord, measured: Measured) -> None:
     training.STEP.set(record.step, run=run)
+    training.LAST_STEP_TIMESTAMP.set(measured.time, run=run)
     training.LOSS.set(record.loss, run=run)
     training.LEARNING_RATE.set(record.learning_rate, run=run)
     training.GRADIENT_NORM.set(record.gradient_norm, run=run)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from mqwen.errors import LastingError
 from mqwen.storage import Location, StorageError
+from mqwen.telemetry import training
 from mqwen.train.settings import GuardSettings
 
 FOLDER = "left-out"
@@ -60,6 +61,7 @@ class Guard:
         dist.all_gather_object(shares, keys())
         found = [key for share in shares for key in share]
         if dist.get_rank() == 0:
+            training.LEFT_OUT_STEPS.add(run=self._run.name)
             print(f"step {step} is left out: {reason}; its samples are in {self._file(step)}", flush=True)
             record = {"step": step, "reason": reason, "loss": str(loss), "gradient_norm": str(norm), "keys": found}
             with suppress(StorageError):  # it is printed, too

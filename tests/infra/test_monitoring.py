@@ -1,0 +1,105 @@
+"""Dashboards and alerts name metrics that are emitted, and say what to do with commands that exist."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.grafana.make import HERE, dashboard
+from infra.grafana.panels import DASHBOARDS
+from mqwen.telemetry.catalogue import METRICS
+from mqwen.telemetry.metric import Histogram
+
+ROOT = Path(__file__).parents[2]
+PROMETHEUS = ROOT / "infra" / "prometheus"
+PROMTOOL = ROOT / ".cache" / "debian" / "usr" / "bin" / "promtool"
+OURS = {
+    f"{metric.exported}{suffix}"
+    for metrics in METRICS.values()
+    for metric in metrics
+    for suffix in (("_bucket", "_count", "_sum") if isinstance(metric, Histogram) else ("",))
+}
+# What others emit: Ray itself, and NVIDIA's exporter for GPUs.
+RAYS = {
+    "ray_node_cpu_utilization",
+    "ray_node_mem_used",
+    "ray_object_store_memory",
+    "ray_serve_autoscaling_target_replicas",
+    "ray_serve_deployment_queued_queries",
+    "ray_serve_deployment_replica_healthy",
+}
+DCGMS = {"DCGM_FI_DEV_FB_USED", "DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_XID_ERRORS"}
+
+
+def rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((PROMETHEUS / "alerts.yaml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def expressions() -> list[str]:
+    panels = [panel for one in DASHBOARDS for row in one.rows.values() for panel in row]
+    return [query for panel in panels for query in panel.queries.values()] + [rule["expr"] for rule in rules()]
+
+
+def names(expression: str) -> set[str]:
+    return set(re.findall(r"\b(?:ray|DCGM)_\w+", expression))
+
+
+@pytest.mark.parametrize("wanted", DASHBOARDS, ids=lambda wanted: wanted.uid)
+def test_the_files_are_the_current_ones(wanted: Any) -> None:
+    made = dashboard(wanted)
+    assert (HERE / f"{wanted.uid}.json").read_text() == made, "python -m infra.grafana.make writes the new ones"
+    shown = [panel for panel in json.loads(made)["panels"] if panel["type"] != "row"]
+    assert len(shown) == sum(map(len, wanted.rows.values()))
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in shown]
+    assert len(set(places)) == len(places)
+
+
+def test_every_metric_named_is_emitted() -> None:
+    used = {name for expression in expressions() for name in names(expression)}
+    assert used - OURS - RAYS - DCGMS == set()
+    assert used >= RAYS | DCGMS
+
+
+def test_every_metric_emitted_is_shown() -> None:
+    used = {name for expression in expressions() for name in names(expression)}
+    missing = [m.exported for ms in METRICS.values() for m in ms if not any(n.startswith(m.exported) for n in used)]
+    assert missing == []
+
+
+def test_each_alert_has_its_paragraph_and_its_test() -> None:
+    alerts = [rule["alert"] for rule in rules()]
+    assert re.findall(r"^## (\w+)$", (PROMETHEUS / "RUNBOOK.md").read_text(), re.M) == alerts
+    tests = yaml.safe_load((PROMETHEUS / "alerts_test.yaml").read_text())["tests"]
+    checked = {c["alertname"] for t in tests for c in t["alert_rule_test"] if c.get("exp_alerts")}
+    silent = {c["alertname"] for t in tests for c in t["alert_rule_test"] if not c.get("exp_alerts")}
+    assert checked == silent == set(alerts)
+
+
+def test_the_runbooks_commands_exist() -> None:
+    text = (PROMETHEUS / "RUNBOOK.md").read_text()
+    for job in re.findall(r"jobs/\w+\.py", text):
+        assert (ROOT / job).is_file()
+    from ray.scripts.scripts import cli
+
+    known = cli.list_commands(None)  # type: ignore[arg-type]
+    used = re.findall(r"\.venv/bin/ray ([\w-]+)", text)
+    assert used
+    assert set(used) <= set(known)
+
+
+def promtool(*words: str) -> str:
+    if not PROMTOOL.exists():
+        pytest.skip("`make prometheus` brings promtool")
+    done = subprocess.run([PROMTOOL, *words], cwd=PROMETHEUS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_alerts_fire_where_they_should() -> None:
+    assert "SUCCESS" in promtool("check", "rules", "alerts.yaml")
+    promtool("test", "rules", "alerts_test.yaml")
