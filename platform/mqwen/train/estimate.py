@@ -221,6 +221,8 @@ def _in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 class _Living(TorchDispatchMode):
     """Counts the bytes of the tensors that are made while it is on, as long as each lives."""
 
+    supports_higher_order_operators = True  # compiled recomputation has some
+
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0

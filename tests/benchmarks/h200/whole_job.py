@@ -50,7 +50,7 @@ class Job:
 
     @classmethod
     def tiny(cls) -> Job:
-        return cls(packs=2, length=96, passes=2, steps=WARM_STEPS + 3, samples=64, compiled=False)
+        return cls(packs=2, length=256, passes=2, steps=WARM_STEPS + 3, samples=64, compiled=False)
 
 
 def run_job(job: Job, config: MQWenConfig, device: torch.device, found: Ceilings) -> list[Result]:
