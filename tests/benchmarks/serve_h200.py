@@ -40,7 +40,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Case:
-    """tokens_per_s: of all requests, from the first sent to the last answered. decode_tokens_per_s: while all decode.
+    """tokens_per_s: of all requests, from the first sent to the last answered. decode_tokens_per_s: by the median
+    time from one token to the next.
 
     share_of_ceiling: of what the copy rate allows at this batch and mean context. first, between, between_p99: ms to
     the first token, and from one token to the next, streamed.
@@ -58,7 +59,7 @@ class Case:
     between_p99: float
 
 
-def make_requests(count: int, kind: str, out: int, vocab: int, image: int, seed: int) -> list[Request]:
+def make_requests(count: int, kind: str, out: int, vocab: int, image: int, seed: str) -> list[Request]:
     draw = random.Random(seed)
     ids = lambda n: [draw.randrange(1000 if vocab > 2000 else 0, min(vocab, 150_000)) for _ in range(n)]  # noqa: E731
     made = []
@@ -116,18 +117,21 @@ def run_case(
     repeats: int,
 ) -> Case:
     image = config.image_token_id
-    make = lambda seed: make_requests(count, kind, out, config.vocab_size, image, seed)  # noqa: E731
-    asyncio.run(whole(engine, make(1)))
-    seconds = statistics.median([asyncio.run(whole(engine, make(seed))) for seed in range(100, 100 + repeats)])
+    seeds = iter(range(1_000_000))  # with the case's name: no case shares a prompt with another
+    draw = lambda: make_requests(count, kind, out, config.vocab_size, image, f"{kind} {count} {out} {next(seeds)}")  # noqa: E731
+    found = engine.stats().prefix_hits
+    asyncio.run(whole(engine, draw()))
+    seconds = statistics.median([asyncio.run(whole(engine, draw())) for _ in range(repeats)])
     first, between = [], []
-    for seed in range(5, 14 if count == 1 else 6):
-        some_first, some_between = asyncio.run(streamed(engine, make(seed)))
+    for _ in range(9 if count == 1 else 1):
+        some_first, some_between = asyncio.run(streamed(engine, draw()))
         first, between = first + some_first, between + some_between
+    assert engine.stats().prefix_hits == found, "prompts were found in the cache"
     prompt = 320 if kind != "picture" else 64 + config.image_positions
     ceiling = limit(count, prompt + out / 2)
     rate = count * out / seconds
-    decode = count * (out - 1) / max(1e-9, seconds - statistics.median(first))
     pieces = sorted(between)
+    decode = count / statistics.median(pieces)
     case = Case(
         f"{kind}, {prompt} in, {out} out", count, dtype, rate, rate / ceiling, decode, decode / ceiling,
         1e3 * statistics.median(first), 1e3 * statistics.median(pieces), 1e3 * pieces[int(0.99 * len(pieces))],
@@ -144,7 +148,7 @@ def run_case(
 @torch.inference_mode()
 def agreement(engine: Engine, model: MQWenLMHeadModel, config: MQWenConfig, out: int) -> str:
     """Each greedy token of the engine against what the model in transformers finds likeliest after the same tokens."""
-    requests = make_requests(16, "text", out, config.vocab_size, config.image_token_id, 9)
+    requests = make_requests(16, "text", out, config.vocab_size, config.image_token_id, "agreement")
     gaps: list[float] = []
     before_first = 0
     for request, event in zip(requests, engine.generate_all(requests), strict=True):
@@ -168,16 +172,18 @@ def agreement(engine: Engine, model: MQWenLMHeadModel, config: MQWenConfig, out:
 
 def prompts_alone(engine: Engine, count: int, config: MQWenConfig) -> str:
     """From the first request sent to the last first token."""
-    make = lambda seed: make_requests(count, "text", 1, config.vocab_size, config.image_token_id, seed)  # noqa: E731
-    asyncio.run(whole(engine, make(20)))
-    times = [1e3 * asyncio.run(whole(engine, make(21 + i))) for i in range(12 if count == 1 else 4)]
+    make = lambda i: make_requests(  # noqa: E731
+        count, "text", 1, config.vocab_size, config.image_token_id, f"prompts {count} {i}"
+    )
+    asyncio.run(whole(engine, make(0)))
+    times = [1e3 * asyncio.run(whole(engine, make(1 + i))) for i in range(12 if count == 1 else 4)]
     return f"Prompts of {count} requests: {statistics.median(times):.2f} ms in the median, {min(times):.2f} at best."
 
 
 @torch.inference_mode()
 def static_batch(model: MQWenLMHeadModel, config: MQWenConfig, count: int, out: int) -> str:
     """transformers' generate on the same requests, which are all of one length."""
-    requests = make_requests(count, "text", out, config.vocab_size, config.image_token_id, 30)
+    requests = make_requests(count, "text", out, config.vocab_size, config.image_token_id, "static")
     ids = torch.tensor([list(request.input_ids) for request in requests], device=model.device)
     begun = time.perf_counter()
     answer = model.generate(ids, max_new_tokens=out, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -75,26 +75,24 @@ def test_the_kernels_do_what_plain_torch_does(monkeypatch: pytest.MonkeyPatch) -
                 torch.testing.assert_close(some[1:], one[1:], **CLOSE)  # the first block is nobody's
 
     with torch.inference_mode():
-        works = [Work(s, 0, n, True) for s, n in zip(sequences, lengths, strict=True)]
         kernels = Network(model, cache, tables)
         runner.forward([Work(sequences[2], 0, 41, False)])
-        works[2] = Work(sequences[2], 41, 100, True)
-        works[3] = Work(sequences[3], 0, 69, False)
+        starts, stops = np.array([0, 0, 41, 0, 0]), np.array([5, 33, 100, 69, 2])
+        samples = np.arange(5) != 3
+        places = zip(sequences, starts, stops, samples, strict=False)
+        works = [Work(one, int(start), int(stop), bool(last)) for one, start, stop, last in places]
         before = copied()
         expected, _, _ = runner.forward(works)
         written = copied()
         take_back(before)
-        starts = np.array([work.start for work in works])
-        step = PromptStep(kernels, 1024, PIECES, count, device)
-        step.begin(
-            np.arange(count), starts, np.array(lengths) - starts - (np.arange(count) == 3), np.arange(count) != 3
-        )
-        torch.testing.assert_close(step.logits()[: count - 1], expected, **CLOSE)
+        step = PromptStep(kernels, 192, PIECES, count, device)
+        step.begin(np.arange(5), starts, stops - starts, samples)
+        torch.testing.assert_close(step.logits()[:4], expected, **CLOSE)
         same_cache(written)
 
-        logits, rows, positions = runner.forward([Work(sequences[3], 69, 70, True)])
-        expected = torch.cat((expected[:3], logits, expected[3:]))
-        runner.ids[torch.arange(count), torch.tensor(lengths)] = expected.argmax(-1)
+        works = [Work(one, 0, n, True) for one, n in zip(sequences, lengths, strict=True)]
+        expected, rows, positions = runner.forward(works)
+        runner.ids[rows, positions] = expected.argmax(-1)
         rows, positions = torch.arange(count, device=device), torch.tensor(lengths, device=device)
         before = copied()
         for several in (1, 3, FEW + 1):

@@ -140,11 +140,7 @@ class PictureEncoder:
         encode = self._encode_images if adapter is None else self._model.encode_images
         with self._adapters.for_pictures(adapter):
             encoded = encode(torch.from_numpy(np.stack(pixels)))
-        # Copies: a view would keep the whole batch alive.
-        features = {name: one.clone() for (name, _), one in zip(named, encoded, strict=True)}
-        for name, one in features.items():
-            self.cache.put(name, one)
-        return features
+        return {name: self.cache.put(name, one) for (name, _), one in zip(named, encoded, strict=True)}
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -166,12 +162,15 @@ class FeatureCache:
                 self._entries.move_to_end(key)
             return feature
 
-    def put(self, key: str, feature: Tensor) -> None:
+    def put(self, key: str, feature: Tensor) -> Tensor:
+        """Gives the copy that it keeps: a view would keep the whole encoded batch alive."""
+        feature = feature.clone()
         with self._lock:
             if key in self._entries:
-                return
+                return feature
             self._entries[key] = feature
             self.bytes += feature.nbytes
             while self.bytes > self._max_bytes:
                 _, old = self._entries.popitem(last=False)
                 self.bytes -= old.nbytes
+        return feature

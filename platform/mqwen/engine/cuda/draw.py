@@ -105,7 +105,7 @@ def _draw_kernel(
         chosen = -1
         turn = tl.full((), 0, tl.int64)
         blocks = tl.arange(0, BLOCKS)
-        while (chosen < 0) & (turn < 256):  # it has an end where logits are no numbers too
+        while (chosen < 0) & (turn < 64):  # it has an end where logits are no numbers too
             target = _uniform(tl.load(seeds + row), tl.load(positions + place), turn) * above
             turn += 1
             lane, before = _reached(masses, target, n, BLOCK)
