@@ -11,8 +11,9 @@ import yaml
 HERE = Path(__file__).parent
 PLACES = "--runs s3://BUCKET/runs --parallel.workers 2"
 JOBS = {
-    "pretrain": f"python jobs/pretrain.py --recipe align --name align --data.dataset s3://BUCKET/data {PLACES}",
-    "finetune": f"python jobs/finetune.py --recipe sft-full --name tuned --model.init-from s3://BUCKET/artifact "
+    "pretrain": f"python /app/jobs/pretrain.py --recipe align --name align --model.init-from s3://BUCKET/qwen-clip "
+    f"--data.dataset s3://BUCKET/data {PLACES}",
+    "finetune": f"python /app/jobs/finetune.py --recipe sft-full --name tuned --model.init-from s3://BUCKET/artifact "
     f"--data.dataset s3://BUCKET/conversations {PLACES}",
 }
 HEAD = "# Made from cluster.yaml by `python -m infra.kuberay.make`.\n"
