@@ -87,28 +87,26 @@ def interface(settings: PageSettings) -> Any:
             except openai.APIError as error:
                 raise gr.Error(error.message or "The API cannot be reached.", print_exception=False) from error
 
-    with gr.Blocks(title=settings.title) as page:
-        gr.ChatInterface(
-            answer,
-            multimodal=True,
-            title=settings.title,
-            textbox=gr.MultimodalTextbox(
-                file_types=["image"], file_count="multiple", placeholder="Ask, and drop or paste pictures"
-            ),
-            additional_inputs=[
-                gr.Textbox(label="API key", type="password", elem_id="key"),
-                gr.Textbox(label="System prompt"),
-                gr.Slider(0, 2, value=0.7, step=0.1, label="Temperature"),
-            ],
-            additional_inputs_accordion=gr.Accordion("API key and options", open=True),
-            examples=[
-                [{"text": "What is in this picture?", "files": [example_picture()]}, None, None, None],
-                [{"text": "Hello!", "files": []}, None, None, None],
-            ],
-            cache_examples=False,
-            save_history=False,
-        )
-    return page
+    return gr.ChatInterface(
+        answer,
+        multimodal=True,
+        title=settings.title,
+        textbox=gr.MultimodalTextbox(
+            file_types=["image"], file_count="multiple", placeholder="Ask, and drop or paste pictures"
+        ),
+        additional_inputs=[
+            gr.Textbox(label="API key", type="password", elem_id="key"),
+            gr.Textbox(label="System prompt"),
+            gr.Slider(0, 2, value=0.7, step=0.1, label="Temperature"),
+        ],
+        additional_inputs_accordion=gr.Accordion("API key and options", open=True),
+        examples=[
+            [{"text": "What is in this picture?", "files": [example_picture()]}, None, None, None],
+            [{"text": "Hello!", "files": []}, None, None, None],
+        ],
+        cache_examples=False,
+        save_history=False,
+    )
 
 
 def text_parts(text: str) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ class VllmEngine:
 
         arguments = AsyncEngineArgs(
             str(folder),
+            dtype=json.loads((folder / "config.json").read_text())["dtype"],  # "auto" would make float32 less
             limit_mm_per_prompt={"image": MAX_PICTURES},
             kv_cache_memory_bytes=kv_cache_bytes,
             max_logprobs=20,
