@@ -29,15 +29,13 @@ class ModelReplica:
     def __init__(self, settings: ModelSettings) -> None:
         # Imported here: the driver and the ingress import this module, and need no torch.
         from mqwen.engine.text import token_bytes
-        from mqwen.model import MQWenProcessor
 
-        folder = local_folder(settings.checkpoint)
-        processor = MQWenProcessor.from_pretrained(folder)
+        self.engine: GenerationEngine
+        self.engine, processor = _engine(settings, local_folder(settings.checkpoint))
         processor.max_pixels = settings.max_pixels
         self._tokenizer, self._max_answer = processor.tokenizer, settings.max_answer
         self._token_bytes = token_bytes(processor.tokenizer)
         self._stop_ids = frozenset(processor.tokenizer.stop_ids)
-        self.engine: GenerationEngine = _engine(settings, folder, processor)
 
     async def generate(self, task: ChatTask) -> AsyncGenerator[Chunk | RequestError]:
         """What is generated. A refused request is an item, not an exception, which Serve would log as ours."""
@@ -120,15 +118,17 @@ class ModelReplica:
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(content)}  # no JSON has infinity
 
 
-def _engine(settings: ModelSettings, folder: "Path", processor: "MQWenProcessor") -> "GenerationEngine":
-    adapters = {name: local_folder(location) for name, location in settings.adapters.items()}
+def _engine(settings: ModelSettings, folder: "Path") -> "tuple[GenerationEngine, MQWenProcessor]":
     if settings.engine == "vllm":
         from mqwen.engine.vllm import VllmEngine
+        from mqwen.model import MQWenProcessor
 
-        return VllmEngine(folder, processor, settings.model, kv_cache_bytes=settings.kv_cache_bytes)
+        processor = MQWenProcessor.from_pretrained(folder)
+        return VllmEngine(folder, processor, settings.model, kv_cache_bytes=settings.kv_cache_bytes), processor
     from mqwen.engine.engine import Engine, EngineSettings
-    from mqwen.model import MQWenLMHeadModel
+    from mqwen.engine.loading import load_artifact
 
-    model = MQWenLMHeadModel.from_pretrained(folder).eval()
+    model, processor = load_artifact(folder, gpu=settings.gpus > 0)
+    adapters = {name: local_folder(location) for name, location in settings.adapters.items()}
     own = EngineSettings(settings.model, adapters=adapters, kv_cache_bytes=settings.kv_cache_bytes)
-    return Engine(model.to("cuda") if settings.gpus > 0 else model, processor, own)
+    return Engine(model, processor, own), processor

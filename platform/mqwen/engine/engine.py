@@ -38,7 +38,7 @@ from mqwen.engine.scheduler import Scheduler, Step, Work
 from mqwen.engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from mqwen.model import MQWenLMHeadModel, MQWenProcessor
+    from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,11 @@ class Engine:
         self._scheduler = Scheduler(
             self._pool, positions=settings.max_step_positions, rows=settings.max_batch_size, width=self._width
         )
-        self._runner = _runner_of(model)(
+        kind = runner_of(model.config, model.device, model.dtype)
+        slow = model.device.type == "cuda" and kind is Runner
+        level = logging.WARNING if slow else logging.INFO  # a card without its kernels is worth a look
+        logger.log(level, "%s: %s on %s by %s", settings.model_name, model.dtype, model.device, kind.__name__)
+        self._runner = kind(
             model,
             adapters,
             rows=settings.max_batch_size,
@@ -396,11 +400,11 @@ class Engine:
                 sequence.outbox.fail(EngineFailedError("a step of the engine failed; its log has the cause"))
 
 
-def _runner_of(model: "MQWenLMHeadModel") -> type[Runner]:
+def runner_of(config: "MQWenConfig", device: torch.device, dtype: torch.dtype) -> type[Runner]:
     """Kernels of our own where they can run: in bfloat16 on a card, for heads that are rotated whole."""
-    channels = model.config.kv_channels
-    whole = model.config.rotary_dim == channels and channels.bit_count() == 1
-    if model.device.type == "cuda" and model.dtype == torch.bfloat16 and whole:
+    channels = config.kv_channels
+    whole = config.rotary_dim == channels and channels.bit_count() == 1
+    if device.type == "cuda" and dtype == torch.bfloat16 and whole:
         from mqwen.engine.cuda.runner import CudaRunner  # brings Triton, which only such a machine has
 
         return CudaRunner

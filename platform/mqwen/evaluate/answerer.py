@@ -59,11 +59,9 @@ class Answerer:
     ) -> None:
         # Imported here: the driver imports this module, and needs no torch.
         from mqwen.engine.engine import Engine
-        from mqwen.model import MQWenLMHeadModel, MQWenProcessor
+        from mqwen.engine.loading import load_artifact
 
-        folder = local_folder(artifact)
-        self._processor = MQWenProcessor.from_pretrained(folder)
-        self._model = MQWenLMHeadModel.from_pretrained(folder).eval().to("cuda" if gpu else "cpu")
+        self._model, self._processor = load_artifact(local_folder(artifact), gpu=gpu)
         self._engine = Engine(self._model, self._processor)
         self._dataset, self._generation, self._losses = dataset, generation, losses
 
