@@ -168,6 +168,23 @@ def test_answers_match_their_schema_or_expression(
     assert len({answer.text for answer in found if not isinstance(answer, RequestError)}) > 4
 
 
+def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(
+    model: MQWenLMHeadModel, processor: MQWenProcessor
+) -> None:
+    """llguidance takes this expression, and gives up when tokens follow."""
+    ids = prompt(processor, "Which digit?")
+    endless = "((ab){1,4000}|(abab){1,4000}|(ababab){1,4000}){150,200}c"
+    engine = Engine(model, processor)
+    failed, answer = engine.generate_all(
+        [Request("a", ids, max_tokens=300, temperature=1.0, seed=1, regex=endless), Request("b", ids, max_tokens=8)]
+    )
+    assert isinstance(failed, InvalidGrammarError), failed
+    assert failed.param == "regex"
+    assert not isinstance(answer, RequestError)
+    assert engine.stats().kv_blocks_used == 0
+    asyncio.run(engine.drain())
+
+
 def save_adapter(artifact: Path, folder: Path, seed: int, *, projector: bool) -> Path:
     torch.manual_seed(seed)
     config = LoraConfig(

@@ -357,7 +357,7 @@ class Engine:
         place = 0  # among the sequences that sample
         for work in launched.works:
             sequence = work.sequence
-            if sequence.live and work.samples:
+            if sequence.live and work.samples and not self._breaks_grammar(sequence, tokens[place]):
                 wants = sequence.request.logprobs
                 logprob = None if wants is None else launched.sampled.logprob(place, wants)
                 sequence.add(tokens[place], self._stop_ids, logprob)
@@ -377,6 +377,15 @@ class Engine:
         for sequence in sampled:
             if sequence.outbox in left and sequence.live:
                 self._end_aborted(sequence)
+
+    def _breaks_grammar(self, sequence: Sequence, token: int) -> bool:
+        """Takes the token into the sequence's grammar; one that can be followed no more fails its request alone."""
+        if sequence.grammar is None or (failure := sequence.grammar.take(token)) is None:
+            return False
+        self._remove(sequence)
+        self._counts["failed"] += 1
+        sequence.outbox.fail(failure)
+        return True
 
     def _remove(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)

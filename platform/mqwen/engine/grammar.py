@@ -18,15 +18,23 @@ if TYPE_CHECKING:
 
 
 class Grammar:
-    """Which tokens may follow, for one request."""
+    """Which tokens may follow, for one request. param: where the request gives it."""
 
-    def __init__(self, matcher: "LLMatcher") -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: "LLMatcher", param: str) -> None:
+        self._matcher, self._param = matcher, param
 
     @property
     def ended(self) -> bool:
-        """Nothing can follow."""
+        """Nothing can follow: the answer is whole, or there is a `failure`."""
         return self._matcher.is_stopped()
+
+    @property
+    def failure(self) -> InvalidGrammarError | None:
+        """Some grammars only show on the way that they are too large to follow."""
+        if not self._matcher.is_error():
+            return None
+        reason = self._matcher.get_error().strip().splitlines()[0]
+        return InvalidGrammarError(f"{self._param} cannot be followed: {reason}", self._param)
 
     def mask(self, bits: NDArray[np.int32], row: int) -> None:
         """Sets the bits of the allowed tokens in bits[row]: token t is bit t % 32 of number t // 32."""
@@ -34,8 +42,12 @@ class Grammar:
 
         fill_next_token_bitmask(self._matcher, bits, row)
 
-    def take(self, token: int) -> None:
-        self._matcher.consume_token(token)
+    def take(self, token: int) -> InvalidGrammarError | None:
+        """The token follows; or why nothing can any more."""
+        taken = self._matcher.consume_token(token)
+        if taken or self.failure is not None:
+            return self.failure
+        return InvalidGrammarError(f"{self._param} cannot be followed: it refuses token {token}", self._param)
 
 
 def allowed_tokens(grammars: Sequence[Grammar | None], vocab_size: int) -> NDArray[np.int32] | None:
@@ -70,11 +82,12 @@ class GrammarCompiler:
                 text = LLMatcher.grammar_from_regex(request.regex or "")
         except (ValueError, TypeError) as error:
             raise InvalidGrammarError(f"{param} is no JSON object: {error}", param) from error
-        matcher = LLMatcher(self._prepare(), text, log_level=0)
-        if matcher.is_error():
-            reason = matcher.get_error().strip().splitlines()[0]
-            raise InvalidGrammarError(f"{param} cannot be followed: {reason}", param)
-        return Grammar(matcher)
+        grammar = Grammar(LLMatcher(self._prepare(), text, log_level=0), param)
+        if grammar.failure is None:  # the first mask may cost much, and may fail
+            allowed_tokens([grammar], self._vocab_size)
+        if grammar.failure is not None:
+            raise grammar.failure
+        return grammar
 
     def _prepare(self) -> Any:
         from llguidance import LLTokenizer, TokenizerWrapper

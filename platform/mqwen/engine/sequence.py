@@ -62,12 +62,10 @@ class Sequence:
         return self.length - self.computed == 1 and self.length < len(self.ids)
 
     def add(self, token: int, stop_ids: frozenset[int], logprob: TokenLogprob | None) -> None:
-        """Takes a sampled token; afterwards `finish_reason` says whether it was the last. Tells a reader who streams at
-        once, others at the end."""
+        """Takes a sampled token, which its grammar has taken; afterwards `finish_reason` says whether it was the last.
+        Tells a reader who streams at once, others at the end."""
         self.ids[self.known] = token
         self.known += 1
-        if self.grammar is not None:
-            self.grammar.take(token)
         now = time.perf_counter()
         self.token_seconds, self._token_at = now - self._token_at, now
         stops = not self.request.ignore_eos and (token in stop_ids or token in self.request.stop_ids)
