@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from mqwen.model import MQWenLMHeadModel
-from mqwen.model.adapters import attach_adapter
+from mqwen.model.adapters import attach_adapter, read_adapter
+from mqwen.model.errors import AdapterError
 from tests.model.golden import FIXTURES, IMAGE_TOKEN, tiny_model, whole
 
 TARGETS = ["c_attn", "w1", "w2"]
@@ -74,3 +77,23 @@ def test_a_trainable_adapter_leaves_the_rest_frozen(trained: tuple[Path, torch.T
     assert len([name for name in learning if "lora_" in name]) == 2 * 3 * len(TARGETS)
     assert all("lora_" in name or "modules_to_save" in name for name in learning)
     assert wrapped.training
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_an_adapter_that_would_change_the_model_itself_is_refused(
+    trained: tuple[Path, torch.Tensor], bias: str
+) -> None:
+    folder, _ = trained
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if bias == "none":
+        file = folder / "adapter_model.safetensors"
+        weight = torch.zeros_like(model.transformer.ln_f.weight)
+        save_file(load_file(file) | {"base_model.model.transformer.ln_f.weight": weight}, file)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bias": bias}))
+    with pytest.raises(AdapterError, match="modules_to_save names" if bias == "none" else "bias is 'all'"):
+        read_adapter(model, folder)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

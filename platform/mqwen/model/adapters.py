@@ -73,7 +73,7 @@ def attach_adapter(model: nn.Module, folder: Folder, *, trainable: bool = False)
     weights = _read_tensors(folder, "adapter_model")
     if weights is None:
         raise AdapterError(f"{folder} has neither adapter_model.safetensors nor adapter_model.bin")
-    _check(folder, model, weights)
+    _check(folder, model, weights, config.modules_to_save or [])
     projector = _read_tensors(folder, "other_params")
     if projector is not None:
         _load_projector(folder, model, projector)
@@ -163,6 +163,8 @@ def _read_config(folder: Path) -> LoraConfig:
     config = LoraConfig(**{name: value for name, value in fields.items() if name in known and name != "auto_mapping"})
     if not config.target_modules or isinstance(config.target_modules, str):
         raise AdapterError(f"{folder}: target_modules must be a list of module names, not {config.target_modules!r}")
+    if config.bias != "none":
+        raise AdapterError(f"{folder}: bias is {config.bias!r}, which changes the model's own; only 'none' is read")
     return config
 
 
@@ -175,16 +177,18 @@ def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor] | None:
     return read_pickle(unsafe)
 
 
-def _check(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Each LoRA matrix must belong to a linear layer that the model has, and fit it."""
+def _check(folder: Path, model: nn.Module, weights: dict[str, Tensor], whole: Sequence[str]) -> None:
+    """Each LoRA matrix must belong to a linear layer that the model has, and fit it. whole: PEFT's modules_to_save, of
+    which it keeps copies; any other parameter would be written into the model itself."""
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
     for key, tensor in weights.items():
         name, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
         if not key.startswith(PREFIX) or not name:
-            if key.removeprefix(PREFIX) in parameters:
-                continue  # PEFT's modules_to_save: whole layers beside the LoRA
-            raise AdapterError(f"{folder}: {key} is no LoRA weight and no parameter of this model")
+            own = key.removeprefix(PREFIX)
+            if own in parameters and any(f".{module}." in f".{own}" for module in whole):
+                continue
+            raise AdapterError(f"{folder}: {key} is no LoRA weight, and of no module that modules_to_save names")
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear):
             raise AdapterError(f"{folder}: {key} is for a linear layer {name!r}, which this model does not have")
