@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 from random import Random
+from typing import NoReturn
 
 import pytest
 
@@ -260,5 +261,24 @@ def test_failing_steps_fail_their_requests_and_then_the_engines_health(
                 await collect(engine, request)
         assert not engine.health()
         assert engine.stats().failed == 3
+
+    with_engine(model, processor, use)
+
+
+def test_a_thread_that_ends_fails_its_readers_and_refuses_others(
+    model: MQWenLMHeadModel, processor: MQWenProcessor
+) -> None:
+    request = Request("a", prompt(processor, "总和", 0), max_tokens=4)
+
+    async def use(engine: Engine) -> None:
+        def schedule() -> NoReturn:
+            raise MemoryError
+
+        engine._scheduler.schedule = schedule  # type: ignore[method-assign]
+        with pytest.raises(EngineFailedError, match="has ended"):
+            await collect(engine, request)
+        with pytest.raises(EngineClosedError):
+            await collect(engine, request)
+        await until(lambda: not engine.health())
 
     with_engine(model, processor, use)

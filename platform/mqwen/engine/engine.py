@@ -262,7 +262,7 @@ class Engine:
         """Prepares sequences, then lets the thread have them, all at once. What is wrong with one fails it alone."""
         with self._changed:
             if self._closing:
-                raise EngineClosedError("the engine is draining")
+                raise EngineClosedError("the engine is draining, or has ended")
             self._loading += len(sequences)
         ready: list[Sequence] = []
         try:
@@ -278,7 +278,20 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        """The engine's thread. `under_way`: steps whose tokens are not known here yet; see `overlap`."""
+        """The engine's thread. What ends it before its time fails every request: no reader waits for a dead thread."""
+        try:
+            self._work()
+        except BaseException:
+            logger.exception("The engine's thread ends")
+            with self._changed:
+                self._closing = True  # who comes later is refused
+            for sequence in list(self._live.values()):
+                self._counts["failed"] += 1
+                sequence.outbox.fail(EngineFailedError("the engine has ended; its log has the cause"))
+
+    def _work(self) -> None:
+        """Step after step, until all is drained. `under_way`: steps whose tokens are not known here yet; see
+        `overlap`."""
         under_way: deque[Launched] = deque()
         while self._take_changes(busy=bool(under_way)):
             step = self._scheduler.schedule()
