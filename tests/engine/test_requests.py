@@ -14,12 +14,14 @@ from transformers import GenerationConfig
 from mqwen.engine.engine import Engine, EngineSettings
 from mqwen.engine.request import (
     ContextLengthError,
+    EngineFailedError,
     InvalidGrammarError,
     InvalidPictureError,
     Request,
     RequestError,
     UnknownAdapterError,
 )
+from mqwen.engine.scheduler import Work
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.adapters import AdapterError, attach_adapter
 from tests.engine.asking import collect, prompt, tokens, with_engine
@@ -72,6 +74,38 @@ def test_seeded_samples_are_the_same_after_preemption(model: MQWenLMHeadModel, p
     assert roomy.stats().preemptions == 0 < tiny.stats().preemptions
     for engine in (roomy, tiny):
         asyncio.run(engine.drain())
+
+
+def test_a_step_that_fails_beside_a_preemption_changes_no_other_tokens(
+    model: MQWenLMHeadModel, processor: MQWenProcessor
+) -> None:
+    position = 2 * 4 * 128 * 4
+    asked = [Request(str(n), prompt(processor, "总和" * n, 0), (), 60, ignore_eos=True) for n in range(8)]
+    roomy = Engine(model, processor)
+    expected = roomy.generate_all(asked)
+    asyncio.run(roomy.drain())
+    preempted: list[str] = []
+
+    async def use(engine: Engine) -> None:
+        forward = engine._runner.forward
+
+        def fail_once(works: list[Work]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            if engine.stats().preemptions and not preempted:
+                first = engine._scheduler.waiting.first()
+                preempted.append(first.request.request_id)
+                raise MemoryError
+            return forward(works)
+
+        engine._runner.forward = fail_once  # type: ignore[method-assign, assignment]
+        found = await asyncio.gather(*map(engine.complete, asked), return_exceptions=True)
+        failed = [isinstance(one, EngineFailedError) for one in found]
+        assert preempted and any(failed) and not failed[int(preempted[0])]
+        assert [one for one, bad in zip(found, failed, strict=True) if not bad] == [
+            one for one, bad in zip(expected, failed, strict=True) if not bad
+        ]
+        assert await asyncio.gather(*map(engine.complete, asked)) == expected  # from the prefix cache, in part
+
+    with_engine(model, processor, use, EngineSettings(kv_cache_bytes=160 * position, max_length=150, overlap=True))
 
 
 def test_penalties_are_those_of_generate(model: MQWenLMHeadModel, processor: MQWenProcessor) -> None:

@@ -295,19 +295,23 @@ class Engine:
         under_way: deque[Launched] = deque()
         while self._take_changes(busy=bool(under_way)):
             step = self._scheduler.schedule()
+            launched = None
             if step.works:
                 try:
-                    under_way.append(self._launch(step))
+                    launched = self._launch(step)
+                    under_way.append(launched)
                 except Exception:
                     self._fail(step.works)
-            # A grammar must know a token to allow the next.
-            lag = self._lag if step.works and not any(work.sequence.grammar for work in step.works) else 0
+            # A grammar must know a token to allow the next; a sequence that was preempted must know all of its own
+            # before it is admitted again, which the step after a failed one may do.
+            waits = launched is None or any(work.sequence.grammar for work in step.works)
+            lag = 0 if waits else self._lag
             while len(under_way) > lag:
-                launched = under_way.popleft()
+                oldest = under_way.popleft()
                 try:
-                    self._finish(launched)
+                    self._finish(oldest)
                 except Exception:
-                    self._fail(launched.works)
+                    self._fail(oldest.works)
 
     def _take_changes(self, busy: bool) -> bool:
         """Requests that came or left since; waits for some where there is no work. False when all is drained."""
