@@ -117,9 +117,9 @@ def test_a_seed_draws_the_same_alone_and_in_company() -> None:
 
 
 def test_a_tiny_top_p_and_a_tiny_temperature_keep_the_likeliest() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0]]).expand(2, -1)
-    options = [{"temperature": 1.0, "top_p": 1e-9}, {"temperature": 1e-40}]
-    assert sample(logits, options, seeds=[3, 4]).tokens.tolist() == [1, 1]
+    logits = torch.tensor([[0.0, 3.0, 1.0]]).expand(3, -1)
+    options = [{"temperature": 1.0, "top_p": 1e-9}, {"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-46}]
+    assert sample(logits, options, seeds=[3, 4, 5]).tokens.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("top_k", [None, torch.zeros(1, 1)])

@@ -166,8 +166,10 @@ def draw(scores: Tensor, points: Tensor, top_p: Tensor, top_k: Tensor | None, mi
     if top_k is not None:
         ordered, order = probs.sort(dim=-1, descending=True)
         ordered = ordered * ((torch.arange(probs.shape[1], device=probs.device) < top_k) | (top_k == 0))
-        before = ordered.cumsum(dim=-1) - ordered  # the mass ahead of each: 0 for the first, so one is always kept
-        ordered = ordered * ((before < top_p * ordered.sum(dim=-1, keepdim=True)) | (top_p >= 1))
+        before = ordered.cumsum(dim=-1) - ordered  # the mass ahead of each
+        kept = (before < top_p * ordered.sum(dim=-1, keepdim=True)) | (top_p >= 1)
+        kept[:, 0] = True  # top_p may be 0 in float32
+        ordered = ordered * kept
         probs = torch.zeros_like(probs).scatter(1, order, ordered)  # company that sorts must not change a draw
     probs = probs * (probs >= min_p * probs.amax(dim=-1, keepdim=True))
     mass = probs.cumsum(dim=-1)
