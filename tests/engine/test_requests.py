@@ -239,7 +239,7 @@ def save_adapter(artifact: Path, folder: Path, seed: int, *, projector: bool) ->
 def test_each_request_has_its_own_adapter_or_none(artifact: Path, processor: MQWenProcessor, tmp_path: Path) -> None:
     folders = {
         "one": save_adapter(artifact, tmp_path / "one", 1, projector=True),
-        "two": save_adapter(artifact, tmp_path / "two", 2, projector=False),
+        "None": save_adapter(artifact, tmp_path / "two", 2, projector=False),
     }
     ids = prompt(processor, "How many digits are there?", 2)
     pictures = [picture(1), picture(2)]
@@ -255,7 +255,7 @@ def test_each_request_has_its_own_adapter_or_none(artifact: Path, processor: MQW
 
     async def use(engine: Engine) -> None:
         for again in range(2):  # the second time from the prefix cache
-            names = [None, "one", "two", "one", None, "two"]
+            names = [None, "one", "None", "one", None, "None"]
             asked = [
                 Request(f"{again} {n}", ids, pictures, 20, adapter=name, ignore_eos=False)
                 for n, name in enumerate(names)
@@ -265,10 +265,12 @@ def test_each_request_has_its_own_adapter_or_none(artifact: Path, processor: MQW
             ):
                 found, tie = expected[request.adapter]
                 assert (tokens(events)[: len(found)] if tie else tokens(events)) == found, request.adapter
-        with pytest.raises(UnknownAdapterError, match="'three' is not loaded; there are: one, two"):
+        with pytest.raises(UnknownAdapterError, match="'three' is not loaded; there are: one, None"):
             await collect(engine, Request("x", ids, pictures, adapter="three"))
         assert engine.stats().prefix_hits > 0
 
+    with pytest.raises(ValueError, match="empty name"):
+        Engine(model, processor, EngineSettings(adapters={"": folders["one"]}))
     with_engine(model, processor, use, EngineSettings(adapters=folders, max_step_positions=100))
     assert before.keys() == dict(model.named_parameters()).keys(), "one set of weights, under its own names"
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

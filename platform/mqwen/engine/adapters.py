@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 class Adapters:
     """Hooks on the model's linear layers, which do nothing while no row asks for an adapter.
 
-    numbers: of the adapters, from 1, by name; 0 is none.
+    numbers: of the adapters, from 1, by name; 0 is none. Raises ValueError for an empty name.
     """
 
     def __init__(self, model: "MQWenLMHeadModel", folders: Mapping[str, str | Path]) -> None:
+        if "" in folders:
+            raise ValueError(f"the adapter {folders['']} has an empty name; requests ask for adapters by name")
         self._model = model
         self.numbers = {name: number for number, name in enumerate(folders, 1)}
         self._rows: Tensor | None = None

@@ -331,7 +331,7 @@ class Engine:
             version = weights_version(self._weights)
             self._pictures.version = version
             for sequence in arrived:
-                sequence.root = f"{version} {sequence.request.adapter} {sequence.alpha}".encode()
+                sequence.root = f"{version} {sequence.request.adapter!r} {sequence.alpha}".encode()
                 sequence.live = True
                 self._scheduler.waiting.push(sequence)
         for sequence in arrived + aborted:
