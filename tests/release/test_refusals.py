@@ -85,6 +85,7 @@ GOOD = {"name": "mine", "import_path": "serve.app:build", "args": {"name": "mine
         ({"applications": [GOOD | {"args": {}}]}, "must hold one application with args.name"),
         ({"applications": [GOOD]}, "MQWEN_API_KEY is not set"),
         ({"applications": [GOOD | {"args": {"name": "mine", "auth": "off"}}]}, "--service.address http://127.0.0.1:9"),
+        ({"applications": [GOOD], "http_options": None}, "MQWEN_API_KEY is not set"),
     ],
 )
 def test_a_service_that_cannot_be_used(config: object, message: str, tmp_path: Path) -> None:
@@ -93,3 +94,35 @@ def test_a_service_that_cannot_be_used(config: object, message: str, tmp_path: P
         file.write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(ReleaseError, match=message):
         Service(ServiceSettings(file, address="http://127.0.0.1:9"), key="")
+
+
+class Sick:
+    """Serve's answers while the live application is ill and another one comes up."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, dict] = {}
+
+    def get_serve_details(self) -> dict:
+        return {"applications": self.states}
+
+    def deploy_applications(self, config: dict) -> None:
+        for one in config["applications"]:
+            status = "UNHEALTHY" if one["name"] == "old" else "RUNNING"
+            self.states[one["name"]] = {
+                "status": status,
+                "route_prefix": one["route_prefix"],
+                "deployed_app_config": one,
+            }
+
+
+def test_a_sick_live_model_does_not_keep_its_replacement_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sick = Sick()
+    monkeypatch.setattr("mqwen.release.service.ServeSubmissionClient", lambda address: sick)
+    file = tmp_path / "serve.yaml"
+    args = {"name": "mine", "auth": "off"}
+    file.write_text(json.dumps({"applications": [GOOD | {"args": args}]}))
+    service = Service(ServiceSettings(file, start_limit=0.0), key="")
+    old, new = ({"name": name, "args": args, "route_prefix": f"/{name}"} for name in ("old", "new"))
+    sick.deploy_applications({"applications": [old | {"route_prefix": "/"}, new]})
+    assert service.roll_back() == "live: new; standing by: old"
+    assert service.live and service.live["name"] == "new"

@@ -49,7 +49,9 @@ class Service:
         """Raises ReleaseError for a config that is none, a missing key, or a dashboard that does not answer."""
         self._config, self._template = _read_config(settings.config)
         self._limit = settings.start_limit
-        self._http = {"host": LOOPBACK} | self._config.get("http_options", {})  # Serve's own default is every interface
+        self._http = {"host": LOOPBACK} | (
+            self._config.get("http_options") or {}
+        )  # Serve's own default is every interface
         host = self._http["host"].replace("0.0.0.0", LOOPBACK)
         self._url = (settings.url or f"http://{host}:{self._http.get('port', 8000)}").rstrip("/")
         self.model: str = self._template["args"]["name"]
@@ -98,10 +100,10 @@ class Service:
         one = copy.deepcopy(self._template) | {"name": name, "route_prefix": f"/{name}"}
         live = self.live
         one["args"] |= {"checkpoint": checkpoint, "initial_replicas": self._replicas(one["args"], live)}
-        one["runtime_env"] = _with_upload(one.get("runtime_env", {}))
+        one["runtime_env"] = _with_upload(one.get("runtime_env") or {})
         stay = [live] if live else []
         try:
-            self._deploy([*stay, one])
+            self._deploy([*stay, one], new=one)
             yield one
         except BaseException:
             self._put(stay)
@@ -119,7 +121,8 @@ class Service:
             )
         live = self.live
         aside = [live | {"route_prefix": f"/{live['name']}"}] if live else []
-        self._deploy([*aside, to | {"route_prefix": self._route}])
+        new = to | {"route_prefix": self._route}
+        self._deploy([*aside, new], new=new)
         return f"live: {to['name']}" + (f"; standing by: {live['name']}" if live else "")
 
     def roll_back(self) -> str:
@@ -164,25 +167,24 @@ class Service:
             said = str(error).strip().splitlines()[0]
             raise ReleaseError(f"--service.address {self._address}: the Ray dashboard there says no: {said}") from error
 
-    def _deploy(self, mine: list[Application]) -> None:
-        """Raises ReleaseError where one of them is not running in time."""
+    def _deploy(self, mine: list[Application], *, new: Application) -> None:
+        """Waits until `new` of them runs and all have their routes; the others may be ill: that may be why it comes.
+
+        Raises ReleaseError where it is not running in time.
+        """
         self._put(mine)
         limit = time.monotonic() + self._limit
         while True:
             details = self._details()
-            states = {one["name"]: details.get(one["name"], {}) for one in mine}
-            if all(
-                state.get("status") == "RUNNING" and state["route_prefix"] == one["route_prefix"]
-                for one, state in zip(mine, states.values(), strict=True)
-            ):
+            state = details.get(new["name"], {})
+            moved = all(details.get(one["name"], {}).get("route_prefix") == one["route_prefix"] for one in mine)
+            if state.get("status") == "RUNNING" and moved:
                 return
-            for name, state in states.items():
-                if state.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
-                    raise ReleaseError(f"application {name!r} does not start: {_reason(state)}")
+            if state.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise ReleaseError(f"application {new['name']!r} does not start: {_reason(state)}")
             if time.monotonic() > limit:
-                waiting = next(name for name, state in states.items() if state.get("status") != "RUNNING")
                 raise ReleaseError(
-                    f"application {waiting!r} is not running after {self._limit:.0f} s: {_reason(states[waiting])}"
+                    f"application {new['name']!r} is not running after {self._limit:.0f} s: {_reason(state)}"
                 )
             time.sleep(POLL)
 
@@ -209,7 +211,7 @@ def _with_upload(runtime_env: dict[str, Any]) -> dict[str, Any]:
     if "working_dir" in runtime_env or not job.get("working_dir"):
         return runtime_env
     path = {name: value for name, value in job.get("env_vars", {}).items() if name == "PYTHONPATH"}
-    return runtime_env | {"working_dir": job["working_dir"], "env_vars": path | runtime_env.get("env_vars", {})}
+    return runtime_env | {"working_dir": job["working_dir"], "env_vars": path | (runtime_env.get("env_vars") or {})}
 
 
 def _reason(state: dict[str, Any]) -> str:
