@@ -19,7 +19,9 @@ def git(*words: str) -> str:
 
 def uploaded() -> dict[Path, int]:
     """The files that go to the cluster, with their bytes: those of git, tracked or not, that no ignore file names."""
-    names = git("ls-files", "--cached", "--others", "--exclude-standard", "--exclude-from=.rayignore", "-z").split("\0")
+    ignores = "--exclude-from=.rayignore", "-z"
+    names = set(git("ls-files", "--cached", "--others", "--exclude-standard", *ignores).split("\0"))
+    names -= set(git("ls-files", "--cached", "--ignored", *ignores).split("\0"))  # git lists what it tracks anyway
     return {ROOT / name: (ROOT / name).stat().st_size for name in names if name and (ROOT / name).is_file()}
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,3 +121,10 @@ def test_no_place_of_one_machine() -> None:
     places = re.compile(b"/" + rb"(?:work/(?:main|shared)\b|Users/|tmp/bash_jobs)")  # in two, not to find itself
     found = [str(file.relative_to(ROOT)) for file in tracked() if places.search(file.read_bytes())]
     assert found == []
+
+
+def test_what_rayignore_names_is_not_counted_as_uploaded() -> None:
+    """Git tracks these files, and lists them whatever the ignore files say."""
+    counted = {path.relative_to(ROOT) for path in runpy.run_path(str(ROOT / "infra/runtime_env.py"))["uploaded"]()}
+    assert Path("serve/app.py") in counted
+    assert not [path for path in counted if path.parts[0] == "tests"]
