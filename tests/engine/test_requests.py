@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,10 @@ def test_what_cannot_be_served_fails_alone_with_its_kind(model: MQWenLMHeadModel
         (Request("13", ids, presence_penalty=float("inf")), RequestError, "presence_penalty"),
         (Request("14", ids, frequency_penalty=float("nan")), RequestError, "frequency_penalty"),
         (Request("15", ids, logprobs=21), RequestError, "logprobs"),
+        (Request("16", [2**70]), RequestError, "token numbers"),
+        (Request("17", [1.5, 2.0]), RequestError, "token numbers"),  # type: ignore[list-item]
+        (Request("18", [[1], [2, 3]]), RequestError, "token numbers"),  # type: ignore[list-item]
+        (Request("19", ids, stop=("",)), RequestError, "stop"),
     ]
 
     async def use(engine: Engine) -> None:
@@ -322,5 +327,13 @@ def test_what_cannot_be_served_fails_alone_with_its_kind(model: MQWenLMHeadModel
             assert "\n" not in str(error)
         assert tokens(await collect(engine, good)) == tokens(events)
         assert engine.stats().failed == 0
+
+        def breaks_off() -> Iterator[Request]:
+            yield good
+            raise OSError
+
+        with pytest.raises(OSError):
+            await asyncio.to_thread(engine.generate_all, breaks_off())
+        assert tokens(await collect(engine, good)) == tokens(events)  # its id is free again
 
     with_engine(model, processor, use, EngineSettings(kv_cache_bytes=128 * 2 * 4 * 128 * 4))

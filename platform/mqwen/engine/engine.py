@@ -185,14 +185,15 @@ class Engine:
 
     async def _generate_all(self, requests: Iterable[Request]) -> list[TokenEvent | RequestError]:
         taken: list[Sequence | RequestError] = []
-        for request in requests:
-            try:
-                taken.append(self._accept(request, streams=False))
-            except RequestError as error:
-                taken.append(error)
-        sequences = [one for one in taken if isinstance(one, Sequence)]
+        sequences: list[Sequence] = []
         answers: list[TokenEvent | RequestError] = []
         try:
+            for request in requests:  # their iterator may raise too
+                try:
+                    sequences.append(self._accept(request, streams=False))
+                    taken.append(sequences[-1])
+                except RequestError as error:
+                    taken.append(error)
             await self._enqueue(sequences)
             for one in taken:
                 try:

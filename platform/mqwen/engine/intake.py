@@ -4,6 +4,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mqwen.engine.adapters import Adapters
 from mqwen.engine.grammar import GrammarCompiler
@@ -51,7 +52,7 @@ class Intake:
         if request.adapter is not None and request.adapter not in self._adapters.numbers:
             known = ", ".join(self._adapters.numbers) or "none"
             raise UnknownAdapterError(f"adapter {request.adapter!r} is not loaded; there are: {known}", "adapter")
-        ids = np.array(request.input_ids, dtype=np.int64)
+        ids = _token_ids(request)
         wrong = ids[(ids < 0) | (ids >= self._vocabulary)]
         if not len(ids) or len(wrong):
             message = (
@@ -92,6 +93,17 @@ class Intake:
         return True
 
 
+def _token_ids(request: Request) -> NDArray[np.int64]:
+    """Raises RequestError where they are none: no flat list, fractions, or numbers that no int64 holds."""
+    try:
+        ids = np.array(request.input_ids)
+    except ValueError:  # lists of different lengths
+        ids = np.array(request.input_ids, dtype=object)
+    if ids.ndim != 1 or (len(ids) and (ids.dtype.kind not in "iu" or ids.max() > np.iinfo(np.int64).max)):
+        raise RequestError("input_ids must be a list of token numbers", "input_ids")
+    return ids.astype(np.int64)
+
+
 def _check_options(request: Request) -> None:
     def require(holds: bool, message: str, param: str) -> None:
         if not holds:
@@ -107,5 +119,6 @@ def _check_options(request: Request) -> None:
     require(abs(request.frequency_penalty) < float("inf"), "must be a number", "frequency_penalty")
     if request.logprobs is not None:
         require(0 <= request.logprobs <= MAX_LOGPROBS, f"must be from 0 to {MAX_LOGPROBS}", "logprobs")
+    require("" not in tuple(request.stop), "must not hold an empty text", "stop")
     if request.json_schema is not None and request.regex is not None:
         raise InvalidGrammarError("json_schema and regex are both given; the answer can follow one of them", "regex")
