@@ -1,6 +1,8 @@
 """What is refused before anything is deployed."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,10 @@ def test_a_canary_out_of_range(wrong: dict) -> None:
         Canary(**wrong).check()
 
 
+def answers(replies: list[Reply], right: int) -> Answers:
+    return Answers(replies, [number < right for number in range(len(replies))])
+
+
 @pytest.mark.parametrize(
     ("candidate", "live", "drop", "message"),
     [
@@ -54,7 +60,7 @@ def test_a_canary_out_of_range(wrong: dict) -> None:
 def test_a_candidate_must_not_be_worse(candidate: int, live: int | None, drop: float, message: str | None) -> None:
     replies = [Reply("x", 1.0)] * 10
     asked = [Sample(str(number), []) for number in range(10)]
-    found = Comparison(asked, Answers(replies, candidate), None if live is None else Answers(replies, live))
+    found = Comparison(asked, answers(replies, candidate), None if live is None else answers(replies, live))
     if message is None:
         found.check(Canary(allowed_drop=drop))
     else:
@@ -66,9 +72,50 @@ def test_a_question_without_an_answer() -> None:
     nobody = Server("http://127.0.0.1:9", "", "mine")
     replies = ask(nobody, [Chat([{"role": "user", "content": "?"}], [])] * 2, max_tokens=1)
     assert [reply.text for reply in replies] == ["", ""]
-    found = Comparison([Sample("a", []), Sample("b", [])], Answers(replies, 0), None)
+    found = Comparison([Sample("a", []), Sample("b", [])], answers(replies, 0), None)
     with pytest.raises(ReleaseError, match="2 of 2 canary questions got no answer, the first: ConnectError: "):
         found.check(Canary(allowed_drop=1))
+
+
+def test_what_the_live_model_left_open_is_compared_with_nothing() -> None:
+    asked = [Sample(str(number), []) for number in range(40)]
+    good, failed = Reply("x", 1.0), Reply(error="429")
+    # The candidate is right where the live one failed, and wrong once where that was right.
+    candidate = Answers([good] * 40, [True] * 39 + [False])
+    live = Answers([failed] + [good] * 39, [False] + [True] * 39)
+    with pytest.raises(ReleaseError, match="of 39 canary questions the candidate answers 38 right, the live model 39"):
+        Comparison(asked, candidate, live).check(Canary())
+    many = Answers([failed] * 4 + [good] * 36, [False] * 40)
+    with pytest.raises(ReleaseError, match="the live model left 4 of 40 canary questions without an answer"):
+        Comparison(asked, candidate, many).check(Canary())
+
+
+def test_a_busy_server_is_asked_again_and_json_of_another_form_is_an_error() -> None:
+    said = [(429, b"{}"), (200, b'{"choices": [{"message": {"content": "five"}}]}'), (200, b'{"choices": []}')]
+    said += [(200, b"[]"), (200, b'{"choices": [{"message": {"content": null}}]}')]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, body = said.pop(0)
+            self.send_response(status)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            at = Server(f"http://127.0.0.1:{server.server_port}", "", "mine")
+            chat = Chat([{"role": "user", "content": "?"}], [])
+            replies = [ask(at, [chat], max_tokens=1)[0] for _ in range(4)]
+        finally:
+            server.shutdown()
+            thread.join()
+    assert replies[0].text == "five"
+    assert all(reply.error and not reply.text for reply in replies[1:])
 
 
 GOOD = {"name": "mine", "import_path": "serve.app:build", "args": {"name": "mine"}}

@@ -20,11 +20,13 @@ from mqwen.release.client import Chat, Reply, Server, ask
 from mqwen.release.errors import ReleaseError
 from mqwen.storage import Location
 
+LIVE_FAILURES = 0.05  # most of the questions that the live model may leave open: the rest are too few to compare
+
 
 @dataclass(frozen=True)
 class Canary:
     """`questions` of the set are asked, drawn by `seed`. The candidate must answer all of them, and at most a share
-    `allowed_drop` of them less often right than the live model."""
+    `allowed_drop` of those that the live model answers too less often right than it."""
 
     questions: int = 100
     allowed_drop: float = 0.0
@@ -44,10 +46,14 @@ class Canary:
 
 @dataclass(frozen=True)
 class Answers:
-    """One server's replies to the canary's questions."""
+    """One server's replies to the canary's questions, and which of them are right."""
 
     replies: list[Reply]
-    right: int
+    marks: list[bool]
+
+    @property
+    def right(self) -> int:
+        return sum(self.marks)
 
     @property
     def failed(self) -> int:
@@ -73,10 +79,20 @@ class Comparison:
             raise ReleaseError(
                 f"{self.candidate.failed} of {len(self.samples)} canary questions got no answer, the first: {first}"
             )
-        if self.live and self.live.right - self.candidate.right > canary.allowed_drop * len(self.samples):
+        if not self.live:
+            return
+        if self.live.failed > LIVE_FAILURES * len(self.samples):
+            first = next(reply.error for reply in self.live.replies if reply.error)
             raise ReleaseError(
-                f"of {len(self.samples)} canary questions the candidate answers {self.candidate.right} right, the live "
-                f"model {self.live.right}; --canary.allowed-drop {canary.allowed_drop} allows no such drop"
+                f"the live model left {self.live.failed} of {len(self.samples)} canary questions without an answer, so "
+                f"there is too little to compare with; release when it is well, the first: {first}"
+            )
+        both = [at for at, reply in enumerate(self.live.replies) if not reply.error]
+        candidate, live = (sum(answers.marks[at] for at in both) for answers in (self.candidate, self.live))
+        if live - candidate > canary.allowed_drop * len(both):
+            raise ReleaseError(
+                f"of {len(both)} canary questions the candidate answers {candidate} right, the live model {live}; "
+                f"--canary.allowed-drop {canary.allowed_drop} allows no such drop"
             )
 
     def table(self) -> Table:
@@ -131,6 +147,6 @@ def compare(
         right = [
             not reply.error and exact_match(reply.text, text) for reply, text in zip(replies, expected, strict=True)
         ]
-        return Answers(replies, sum(right))
+        return Answers(replies, right)
 
     return Comparison(samples, answers(candidate), answers(live) if live else None)

@@ -13,6 +13,9 @@ import httpx
 
 AT_ONCE = 16  # requests under way
 TIMEOUT = 60.0  # seconds for one answer
+TRIES = 5  # where a server is too busy for a question
+MAX_WAIT = 30.0  # seconds between them
+BUSY = (429, 503)
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,18 @@ def ask(
                     started = time.perf_counter()
                     try:
                         response = await client.post("/v1/chat/completions", json=body)
+                        for _ in range(TRIES - 1):
+                            if response.status_code not in BUSY:
+                                break
+                            await asyncio.sleep(_wait(response))
+                            started = time.perf_counter()
+                            response = await client.post("/v1/chat/completions", json=body)
                         response.raise_for_status()
                         text = response.json()["choices"][0]["message"]["content"]
+                        if not isinstance(text, str):
+                            raise TypeError(f"the answer's content is {text!r}")
                         reply = Reply(text, time.perf_counter() - started)
-                    except (httpx.HTTPError, ValueError, KeyError) as error:
+                    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:  # JSON of another form too
                         reply = Reply(error=f"{type(error).__name__}: {error}".splitlines()[0])
                 done += 1
                 progress(done, len(chats))
@@ -73,6 +84,12 @@ def ask(
             return list(await asyncio.gather(*map(ask_one, chats)))
 
     return asyncio.run(ask_all())
+
+
+def _wait(response: httpx.Response) -> float:
+    """Seconds that a busy server asks for; a second where it names none, or a date."""
+    said = response.headers.get("Retry-After", "")
+    return min(float(said), MAX_WAIT) if said.isdecimal() else 1.0
 
 
 def _spoken(chat: Chat) -> list[dict[str, Any]]:
