@@ -3,7 +3,6 @@
 import hashlib
 import random
 import time
-from itertools import accumulate
 
 import numpy as np
 
@@ -123,5 +122,5 @@ def expand_pictures(ids: np.ndarray, image_token_id: int, width: int) -> tuple[n
     if image_token_id not in ids:
         return ids, []
     repeats = np.where(ids == image_token_id, width, 1)
-    first = np.array([0, *accumulate(repeats[:-1].tolist())])
+    first = np.cumsum(repeats) - repeats
     return np.repeat(ids, repeats), first[ids == image_token_id].tolist()
