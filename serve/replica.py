@@ -130,5 +130,11 @@ def _engine(settings: ModelSettings, folder: "Path") -> "tuple[GenerationEngine,
 
     model, processor = load_artifact(folder, gpu=settings.gpus > 0)
     adapters = {name: local_folder(location) for name, location in settings.adapters.items()}
-    own = EngineSettings(settings.model, adapters=adapters, kv_cache_bytes=settings.kv_cache_bytes)
+    own = EngineSettings(
+        settings.model,
+        max_batch_size=settings.max_ongoing_requests,
+        adapters=adapters,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        gpu_share=min(settings.gpus, 1.0),
+    )
     return Engine(model, processor, own), processor

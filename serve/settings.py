@@ -66,8 +66,8 @@ class ModelSettings(BaseModel):
     downscale_delay: float = Field(300, ge=0)
     routing: Literal["affinity", "random"] = "affinity"  # a conversation's turns to one replica, or to any
     cpus: float = Field(1, ge=0)  # of one replica
-    gpus: float = Field(0, ge=0)  # of one replica: 0 runs on the CPU, 0.5 shares a GPU; then set kv_cache_bytes too
-    kv_cache_bytes: int | None = Field(None, ge=1)  # default: what the engine finds right for a device of its own
+    gpus: float = Field(0, ge=0)  # of one replica: 0 runs on the CPU, 0.5 shares a GPU and its memory
+    kv_cache_bytes: int | None = Field(None, ge=1)  # default: what the engine finds right for its share of the device
     max_pixels: int = Field(64_000_000, ge=1)  # of one picture, known before it is decoded
     max_answer: int | None = Field(None, ge=1)  # most tokens that a request may ask for, and gets if it asks for none
 

@@ -53,7 +53,7 @@ class EngineSettings:
     go in by pieces. kv_cache_bytes: of keys and values; None takes what `paged.count_blocks` finds right.
     picture_cache_bytes bounds the features kept of pictures seen before. adapters: LoRA folders by the names that
     requests give. model_name: what metrics call the model. overlap: schedule a step while the one before it runs; None
-    does so on a GPU.
+    does so on a GPU. gpu_share: what this engine may have of its GPU's memory.
     """
 
     model_name: str = "model"
@@ -67,6 +67,7 @@ class EngineSettings:
     picture_cache_bytes: int = 256 << 20
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     overlap: bool | None = None
+    gpu_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,14 @@ class Engine:
         self._weights = list(model.parameters())
         adapters = Adapters(model, settings.adapters)
         max_length = settings.max_length or model.config.seq_length
-        blocks = count_blocks(model, settings.block_size, max_length, settings.max_batch_size, settings.kv_cache_bytes)
+        blocks = count_blocks(
+            model,
+            settings.block_size,
+            max_length,
+            settings.max_batch_size,
+            settings.kv_cache_bytes,
+            settings.gpu_share,
+        )
         self.max_length = min(max_length, blocks * settings.block_size)
         self._pictures = PictureEncoder(
             model,

@@ -39,17 +39,26 @@ class PagedCache:
         return flat.index_select(0, pages).view(rows, self.heads, -1, paged.shape[3])
 
 
-def count_blocks(model: "MQWenLMHeadModel", size: int, max_length: int, rows: int, wanted: int | None) -> int:
+def cache_bytes(*, free: int, total: int, held: int, share: float) -> int:
+    """0.8 of what a process may have of a GPU's memory, which leaves room for a step. held: by the model. share: of the
+    GPU; others may be loading into the rest, so that what is free now is not ours alone."""
+    return int(0.8 * max(0.0, min(free, share * total - held)))
+
+
+def count_blocks(
+    model: "MQWenLMHeadModel", size: int, max_length: int, rows: int, wanted: int | None, share: float = 1.0
+) -> int:
     """Blocks of `size` positions that go into `wanted` bytes, no more than `rows` sequences of max_length can use.
 
-    wanted None: on a GPU 0.8 of the memory that is free, which leaves room for a step; else 1 GiB, or one sequence's.
+    wanted None: on a GPU, of which this process has a `share`, what `cache_bytes` says; else 1 GiB, or one sequence's.
 
     Raises ValueError where not one block goes in.
     """
     config = model.config
     position = 2 * config.num_hidden_layers * config.hidden_size * model.transformer.wte.weight.element_size()
     if wanted is None and model.device.type == "cuda":
-        wanted = int(0.8 * torch.cuda.mem_get_info(model.device)[0])
+        free, total = torch.cuda.mem_get_info(model.device)
+        wanted = cache_bytes(free=free, total=total, held=torch.cuda.memory_reserved(model.device), share=share)
     elif wanted is None:
         wanted = max(1 << 30, max_length * position)
     per_row = -(-max_length // size)

@@ -25,6 +25,11 @@ PIECES = 32  # of prompts in a graph
 Ints = NDArray[np.int64]
 
 
+def counts_for(rows: int) -> list[int]:
+    """Of sequences, for which graphs are captured: the last takes all rows."""
+    return [count for count in COUNTS if count < rows] + [min((c for c in COUNTS if c >= rows), default=rows)]
+
+
 class Graph:
     """`Network.decode` for a fixed number of sequences, captured once and replayed."""
 
@@ -106,10 +111,9 @@ class CudaRunner(Runner):
         self._network = Network(self._model, self._cache.layers, tables)
         self._nobody = rows
         pool = torch.cuda.graph_pool_handle()
-        self._graphs = [
-            Graph(self._network, count, rows, self._device, pool)
-            for count in reversed([count for count in COUNTS if count < rows] + [min(c for c in COUNTS if c >= rows)])
-        ][::-1]
+        self._graphs = [Graph(self._network, count, rows, self._device, pool) for count in reversed(counts_for(rows))][
+            ::-1
+        ]
         self._prompt_steps = [self._prompt_step(tokens, PIECES).capture(pool) for tokens in reversed(TOKENS)][::-1]
 
     def _prompt_step(self, tokens: int, pieces: int) -> PromptStep:
