@@ -1,6 +1,8 @@
 """The engine against `model.generate` one by one, and its manners: aborts, refusals, draining."""
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 from random import Random
 from typing import NoReturn
@@ -18,9 +20,11 @@ from mqwen.engine.request import (
     TokenEvent,
 )
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
+from mqwen.telemetry import metric, serving
 from tests.engine.asking import collect, prompt, tokens, until, with_engine
 from tests.engine.tiny import generate_alone, picture
 
+FOLLOWED = (serving.NUM_REQUESTS_WAITING, serving.NUM_REQUESTS_RUNNING, serving.KV_CACHE_USAGE_PERC)
 QUESTIONS = ["Which digit?", "图片里是哪个数字？", "How many digits are there in the picture?", "总和"]
 
 
@@ -282,3 +286,18 @@ def test_a_thread_that_ends_fails_its_readers_and_refuses_others(
         await until(lambda: not engine.health())
 
     with_engine(model, processor, use)
+
+
+def test_a_drained_engine_is_freed(artifact: Path, processor: MQWenProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Quiet:
+        def set(self, value: float, labels: dict[str, str]) -> None: ...
+
+    gauge = Quiet()
+    monkeypatch.setattr(metric, "_made", {one.name: gauge for one in FOLLOWED})
+    monkeypatch.setattr(metric.Gauge, "_ray", lambda self: metric._made[self.name])
+    engine = Engine(MQWenLMHeadModel.from_pretrained(artifact).eval(), processor)
+    asyncio.run(engine.drain())
+    left = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert left() is None

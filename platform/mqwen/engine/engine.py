@@ -248,6 +248,7 @@ class Engine:
             self._changed.notify()
         await asyncio.to_thread(self._thread.join)
         self._pictures.close()
+        self._observer.close()
 
     def _accept(self, request: Request, *, streams: bool) -> Sequence:
         if request.request_id in self._live:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mqwen.engine.sequence import Sequence
 from mqwen.telemetry import serving
+from mqwen.telemetry.metric import Gauge
 
 if TYPE_CHECKING:
     from mqwen.engine.engine import EngineStats
@@ -16,9 +17,18 @@ class Observer:
 
     def __init__(self, model_name: str, stats: "Callable[[], EngineStats]") -> None:
         self._model, self._seen = model_name, stats()
-        serving.NUM_REQUESTS_WAITING.follow(lambda: stats().waiting, model_name=self._model)
-        serving.NUM_REQUESTS_RUNNING.follow(lambda: stats().running, model_name=self._model)
-        serving.KV_CACHE_USAGE_PERC.follow(lambda: stats().kv_blocks_used / stats().kv_blocks, model_name=self._model)
+        self._followed: list[tuple[Gauge, Callable[[], float]]] = [
+            (serving.NUM_REQUESTS_WAITING, lambda: stats().waiting),
+            (serving.NUM_REQUESTS_RUNNING, lambda: stats().running),
+            (serving.KV_CACHE_USAGE_PERC, lambda: stats().kv_blocks_used / stats().kv_blocks),
+        ]
+        for gauge, value in self._followed:
+            gauge.follow(value, model_name=self._model)
+
+    def close(self) -> None:
+        """The engine has ended: nobody asks it for figures any more, and it can be freed."""
+        for gauge, value in self._followed:
+            gauge.unfollow(value, model_name=self._model)
 
     def admitted(self, sequences: list[Sequence]) -> None:
         """Sequences have left the queue for the first time."""

@@ -82,6 +82,11 @@ class Gauge(Metric):
         if gauge := self._ray():
             _keeper.keep(gauge, value, labels)
 
+    def unfollow(self, value: Callable[[], float], **labels: str) -> None:
+        """Ends what `follow` began with this `value`; another one that took its place stays."""
+        if self.name in _made:
+            _keeper.drop(_made[self.name], value, labels)
+
     def _make(self) -> Any:
         from ray.util import metrics
 
@@ -122,6 +127,12 @@ class _Keeper:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="gauges", daemon=True)
                 self._thread.start()
+
+    def drop(self, gauge: Any, value: Callable[[], float], labels: dict[str, str]) -> None:
+        key = gauge, frozenset(labels.items())
+        with self._lock:
+            if self._gauges.get(key) is value:
+                del self._gauges[key]
 
     def _run(self) -> None:
         while True:
