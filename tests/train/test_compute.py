@@ -1,7 +1,7 @@
 """Memory and speed options change no loss and no gradient, and no packing is compiled for again."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
@@ -21,9 +21,15 @@ COMPILER = "aot_eager"  # all of torch.compile but the slow last part: that one 
 Train = Callable[[str, str], Trained]
 
 
+def by(compiler: str) -> Callable:
+    """torch.compile, by this compiler whatever is asked for."""
+    compiled = torch.compile
+    return lambda *arguments, **named: compiled(*arguments, **{**named, "backend": compiler})
+
+
 def train_with(rank: int, workers: int, name: str, compiler: str) -> Trained:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+        patch.setattr(torch, "compile", by(compiler))
         return trained(name, TINY)
 
 
@@ -66,7 +72,7 @@ def graphs_after_each(rank: int, workers: int, packings: list[list[int]]) -> lis
     torch._dynamo.utils.counters.clear()
     model, found = MQWenLMHeadModel(TINY.config).train(), list[int]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", partial(torch.compile, backend=COMPILER))
+        patch.setattr(torch, "compile", by(COMPILER))
         prepare(model, ComputeSettings(compile=True))
     for lengths in packings:
         row = torch.tensor([n for n, length in enumerate(lengths, start=1) for _ in range(length)])
