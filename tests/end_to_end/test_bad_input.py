@@ -1,8 +1,7 @@
 """Bad command lines: one clear message, a non-zero exit, no trace, and no Ray was started for it."""
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,15 +89,15 @@ def places(tokenizer: Path, moto: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def answers(alone: Shell, places: dict[str, str]) -> Iterator[dict[str, tuple[int, str]]]:
-    """Exit code and output of each line; two at a time, since most of their time is Python's imports."""
+def answers(alone: Shell, places: dict[str, str]) -> dict[str, tuple[int, str]]:
+    """Exit code and output of each line."""
     shell = replace(alone, variables={"AWS_ENDPOINT_URL": places["moto"], **KEYS})
-    with ThreadPoolExecutor(2) as pool:
-        waiting = {
-            name: pool.submit(shell.run, *[word.format_map(places) for word in words])
-            for name, (words, _) in LINES.items()
-        }
-        yield {name: one.result() for name, one in waiting.items()}
+    lines = {name: [word.format_map(places) for word in words] for name, (words, _) in LINES.items()}
+    with shell.start("tests/end_to_end/lines.py", stdin=subprocess.PIPE) as process:
+        output, _ = process.communicate(json.dumps(lines), timeout=500)
+    assert process.returncode == 0, output
+    found: dict[str, tuple[int, str]] = json.loads(output.splitlines()[-1])
+    return found
 
 
 @pytest.mark.parametrize("name", LINES)
