@@ -2,8 +2,8 @@
 
 python tests/end_to_end/lines.py < LINES.json
 
-LINES is {name: words}; the last line printed is {name: [exit code, output]}. Starting Python and importing torch is most of what a bad
-command line takes; this does it once for all of them.
+LINES is {name: words}; the last line printed is {name: [exit code, output]}. Starting Python and importing torch is
+most of what a bad command line takes; this does it once for all of them.
 """
 
 import json
