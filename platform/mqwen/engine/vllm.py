@@ -29,6 +29,7 @@ from mqwen.engine.request import (
     UnknownAdapterError,
     join,
 )
+from mqwen.engine.text import TextStream, token_bytes
 from mqwen.telemetry import serving
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class VllmEngine:
             enable_log_requests=False,
         )
         self._processor = processor
+        self._bytes = token_bytes(processor.tokenizer)
         self._seen = _Seen()
         self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[self._seen.logger])
         self.max_length = self._engine.vllm_config.model_config.max_model_len
@@ -84,7 +86,8 @@ class VllmEngine:
             prompt["multi_modal_data"] = {"image": list(pictures)}
             prompt["multi_modal_uuids"] = {"image": [_hash(one) for one in pictures]}
         self._live.add(request.request_id)
-        generated, ended = 0, "aborted"
+        # vLLM's own text keeps the bytes of a last character that is not whole for itself.
+        stream, generated, ended = TextStream(self._bytes, request.stop), 0, "aborted"
         try:
             async for output in self._engine.generate(prompt, self._sampling(request, positions), request.request_id):
                 (added,) = output.outputs
@@ -92,9 +95,10 @@ class VllmEngine:
                 self._counts["tokens"] += len(added.token_ids)
                 if added.finish_reason is not None:
                     ended = "aborted" if added.finish_reason == "abort" else "finished"
+                text = "".join(map(stream.push, added.token_ids))
                 yield TokenEvent(
                     tuple(added.token_ids),
-                    added.text,
+                    text if added.finish_reason is None else text + stream.flush(),
                     added.finish_reason,
                     positions,
                     generated,
