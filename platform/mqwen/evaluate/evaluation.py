@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -80,40 +80,41 @@ class Evaluation:
         """What actors are asked at once; the same for any number of them."""
         return [self.places[at : at + BATCH] for at in range(0, len(self.places), BATCH)]
 
-    def require_room(self, batches: int) -> int:
-        """How many actors answer so many batches. Raises ResourcesError where the cluster has no room for them."""
-        actors = min(self.actors.count, batches)
-        bundle = {"CPU": float(self.actors.cpus)} | ({"GPU": float(self.actors.gpus)} if self.actors.gpus else {})
-        way_out = "Ask for less with --actors.count, --actors.cpus or --actors.gpus"
-        require(bundle, actors, WAIT, "actors", way_out, "a small model can be evaluated without, with --actors.gpus 0")
-        return actors
-
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Answer]:
         """Every sample's answer, by key; `progress(answered, of)` is called after each batch. Needs a Ray cluster.
+
+        Raises as `asked`.
+        """
+        answers: list[Answer] = []
+        for row in self.asked(Answerer, [{"places": pickle.dumps(batch)} for batch in self.batches()]):
+            answers += pickle.loads(row["answers"])  # noqa: S301 (ours)
+            progress(len(answers), len(self.places))
+        return sorted(answers, key=lambda answer: answer.key)
+
+    def asked(self, actor: type, items: list[dict[str, Any]], *more: Any) -> Iterator[dict[str, Any]]:
+        """What actors make of each of these, as they come; an actor is made of the evaluation's parts and `more`.
 
         Which samples are asked together does not depend on the actors. Raises ResourcesError where the cluster has no
         room for them, and UserError where storage fails.
         """
-        batches = self.batches()
-        actors = self.require_room(len(batches))
-        items = [{"places": pickle.dumps(batch)} for batch in batches]
+        count = min(self.actors.count, len(items))
+        bundle = {"CPU": float(self.actors.cpus)} | ({"GPU": float(self.actors.gpus)} if self.actors.gpus else {})
+        way_out = "Ask for less with --actors.count, --actors.cpus or --actors.gpus"
+        require(bundle, count, WAIT, "actors", way_out, "a small model can be evaluated without, with --actors.gpus 0")
         ray.data.DataContext.get_current().enable_progress_bars = False
-        answered = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            Answerer,
-            fn_constructor_args=(self.artifact, self.dataset, self.generation, self.actors.gpus > 0),
+        found = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            actor,
+            fn_constructor_args=(self.artifact, self.dataset, self.generation, self.actors.gpus > 0, *more),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            compute=ray.data.ActorPoolStrategy(size=count),
             num_cpus=self.actors.cpus,
             num_gpus=self.actors.gpus,
         )
-        answers: list[Answer] = []
-        for row in answered.iter_rows():
+        for row in found.iter_rows():
             if row["failed"]:
                 raise EvaluationError(row["failed"])
-            answers += pickle.loads(row["answers"])  # noqa: S301 (ours)
-            progress(len(answers), len(self.places))
-        return sorted(answers, key=lambda answer: answer.key)
+            yield row
 
 
 def scores(answers: list[Answer]) -> dict[str, float]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.data
 
 from mqwen.data.dataset import Dataset
 from mqwen.data.manifest import MANIFEST
@@ -81,21 +80,8 @@ def generate(
     progress(done, total)
     if not todo:
         return 0
-    actors = evaluation.actors
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    written = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-        Generator,
-        fn_constructor_args=(evaluation.artifact, evaluation.dataset, evaluation.generation, actors.gpus > 0, out),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=evaluation.require_room(len(todo))),
-        num_cpus=actors.cpus,
-        num_gpus=actors.gpus,
-    )
     left_out = 0
-    for row in written.iter_rows():
-        if row["failed"]:
-            raise EvaluationError(row["failed"])
+    for row in evaluation.asked(Generator, todo, out):
         done, left_out = done + row["rows"], left_out + row["left_out"]
         progress(done, total)
     return left_out
