@@ -12,23 +12,30 @@ if TYPE_CHECKING:
     from mqwen.engine.engine import EngineStats
 
 
+def follow(model_name: str, stats: "Callable[[], EngineStats]") -> Callable[[], None]:
+    """Shows the figures of an engine as they are now, until what this returns is called."""
+    figures: dict[Gauge, Callable[[], float]] = {
+        serving.NUM_REQUESTS_WAITING: lambda: stats().waiting,
+        serving.NUM_REQUESTS_RUNNING: lambda: stats().running,
+        serving.KV_CACHE_USAGE_PERC: lambda: stats().kv_blocks_used / stats().kv_blocks,
+    }
+    for gauge, value in figures.items():
+        gauge.follow(value, model_name=model_name)
+
+    def end() -> None:
+        for gauge, value in figures.items():
+            gauge.unfollow(value, model_name=model_name)
+
+    return end
+
+
 class Observer:
     """model_name: what metrics call the model. stats: of the engine, now. Its methods are the engine's thread's."""
 
     def __init__(self, model_name: str, stats: "Callable[[], EngineStats]") -> None:
         self._model, self._seen = model_name, stats()
-        self._followed: list[tuple[Gauge, Callable[[], float]]] = [
-            (serving.NUM_REQUESTS_WAITING, lambda: stats().waiting),
-            (serving.NUM_REQUESTS_RUNNING, lambda: stats().running),
-            (serving.KV_CACHE_USAGE_PERC, lambda: stats().kv_blocks_used / stats().kv_blocks),
-        ]
-        for gauge, value in self._followed:
-            gauge.follow(value, model_name=self._model)
-
-    def close(self) -> None:
-        """The engine has ended: nobody asks it for figures any more, and it can be freed."""
-        for gauge, value in self._followed:
-            gauge.unfollow(value, model_name=self._model)
+        # For an engine that has ended: nobody asks it for figures any more, and it can be freed.
+        self.close = follow(model_name, stats)
 
     def admitted(self, sequences: list[Sequence]) -> None:
         """Sequences have left the queue for the first time."""

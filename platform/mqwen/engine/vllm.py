@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from mqwen.engine.engine import EngineStats
+from mqwen.engine.observer import follow
 from mqwen.engine.request import (
     ContextLengthError,
     EngineClosedError,
@@ -30,7 +31,6 @@ from mqwen.engine.request import (
     join,
 )
 from mqwen.engine.text import TextStream, token_bytes
-from mqwen.telemetry import serving
 
 if TYPE_CHECKING:
     from mqwen.model import MQWenProcessor
@@ -68,9 +68,7 @@ class VllmEngine:
         self._live: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._closing = False
-        serving.NUM_REQUESTS_WAITING.follow(lambda: self.stats().waiting, model_name=model_name)
-        serving.NUM_REQUESTS_RUNNING.follow(lambda: self.stats().running, model_name=model_name)
-        serving.KV_CACHE_USAGE_PERC.follow(lambda: self._seen.usage, model_name=model_name)
+        self._unfollow = follow(model_name, self.stats)
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         if self._closing:
@@ -155,6 +153,7 @@ class VllmEngine:
         self._closing = True
         while self._live:
             await asyncio.sleep(0.05)
+        self._unfollow()
         self._engine.shutdown()
 
     def _check(self, request: Request) -> int:
