@@ -52,8 +52,7 @@ class Saver:
 
     def make_room(self, state: dict[str, Any]) -> None:
         """Pins memory for a GPU's state beside the training, or else its first checkpoint would wait for that."""
-        if _on_gpu(state):
-            self._copy = self._begin_copy(state)
+        self._copy = self._begin_copy(state)
 
     def save(
         self,

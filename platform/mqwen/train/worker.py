@@ -131,7 +131,8 @@ def _train(task: Task) -> None:
         metrics = Metrics(settings, device, peak, workers, task.started, progress.seconds - task.productive)
         profiler = StepProfiler(task.run, settings.profile, progress.step) if settings.profile else None
     saver = Saver(task.run, settings)
-    saver.make_room(strategy.state())
+    if device.type == "cuda":
+        saver.make_room(strategy.state())
     watchdog = Watchdog(task.run, rank, settings.parallel.hang_timeout)
     guard = Guard(settings.guard, task.run, _recent(task.run, progress))
     notice = Notice()
