@@ -9,14 +9,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pytest
+import ray
 import yaml
+from ray import serve
 
 from serve.keys import ENVIRONMENT, hash_key
 from tests.scraping import FAST
@@ -92,6 +97,24 @@ def running(
         for one in service.processes():
             one.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def driving(service: Service) -> Iterator[Executor]:
+    """Another driver of the service's cluster, in a process of its own: Ray's threads may end a process with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=join, initargs=(service.gcs(),)) as driver:
+            yield driver
+
+
+def join(address: str) -> None:
+    ray.init(address=address, namespace="serve", log_to_driver=False)
+
+
+def stats() -> dict[str, int]:
+    """Of the application `main`, which has one replica; for such a driver."""
+    return serve.get_deployment_handle("ModelReplica", "main").stats.remote().result()
 
 
 def application(app: str, route: str, **arguments: Any) -> dict[str, Any]:

@@ -6,21 +6,19 @@ import signal
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-import pytest
 import ray
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from tests.scraping import Scrape, discovered, scrape_until
 from tests.serve.clients import Outcomes, chat, closed_loop, connected, open_loop
-from tests.serve.running import ROOT, Service, application, running
+from tests.serve.running import ROOT, Service, application, driving, running, stats
 
 What = Literal["load", "kill", "upgrade", "scale", "routing"]
 
@@ -41,28 +39,10 @@ class Table:
         return "| | |\n|---|---|\n" + "\n".join(f"| {label} | {value} |" for label, value in self.rows)
 
 
-@contextmanager
-def cluster(service: Service) -> Any:
-    """Another driver of the service's cluster, in a process of its own: Ray's threads may end a process with it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        with ProcessPoolExecutor(1, get_context("spawn"), initializer=join, initargs=(service.gcs(),)) as driver:
-            yield driver
-
-
-def join(address: str) -> None:
-    ray.init(address=address, namespace="serve", log_to_driver=False)
-
-
 def replicas(app: str = "main", deployment: str = "ModelReplica") -> list[dict[str, Any]]:
     """Serve's own words: id, state, pid of each. None at the moment in which an upgrade is taken in."""
     details = serve.context._get_global_client().get_serve_details()
     return details["applications"][app]["deployments"].get(deployment, {}).get("replicas", [])
-
-
-def stats() -> dict[str, int]:
-    """Of an application with one replica."""
-    return serve.get_deployment_handle("ModelReplica", "main").stats.remote().result()
 
 
 async def call(driver: Executor, function: Callable[..., Any], *words: Any) -> Any:
@@ -141,7 +121,7 @@ def load(artifact: Path, folder: Path, minutes: float) -> Table:
         table.add("at_work", "requests at work at the end", found["running"] + found["waiting"])
 
     arguments = application("main", "/", checkpoint=str(artifact), cpus=0.5, **options)
-    with running(folder / "log", arguments) as service, cluster(service) as driver:
+    with running(folder / "log", arguments) as service, driving(service) as driver:
         asyncio.run(main(service, driver))
     return table
 
@@ -178,7 +158,7 @@ def kill(artifact: Path, folder: Path, minutes: float) -> Table:
                 table.add("broken", "streams that ended with an error, by its code", dict(outcomes.broken))
 
     arguments = application("main", "/", checkpoint=str(artifact), **options)
-    with running(folder / "log", arguments, empty) as service, cluster(service) as driver:
+    with running(folder / "log", arguments, empty) as service, driving(service) as driver:
         asyncio.run(main(service, driver))
     return table
 
@@ -209,7 +189,7 @@ def upgrade(artifact: Path, folder: Path, minutes: float) -> Table:
 
     # What is deployed later is imported by the cluster's own processes, not by `serve run`.
     path = {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
-    with running(folder / "log", application("main", "/", **options), **path) as service, cluster(service) as driver:
+    with running(folder / "log", application("main", "/", **options), **path) as service, driving(service) as driver:
         asyncio.run(main(service, driver))
     return table
 
@@ -254,7 +234,7 @@ def scale(artifact: Path, folder: Path, minutes: float) -> Table:
         assert step < fell
 
     arguments = application("main", "/", checkpoint=str(artifact), **options)
-    with running(folder / "log", arguments) as service, cluster(service) as driver:
+    with running(folder / "log", arguments) as service, driving(service) as driver:
         asyncio.run(main(service, driver))
     return table
 

@@ -7,8 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import openai
 import psutil
 import pytest
 import ray
-from ray import serve
 
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.chat import encode_chat
@@ -26,7 +24,7 @@ from serve.keys import hash_key
 from tests.engine.tiny import generate_alone, picture
 from tests.scraping import Scrape, declared, discovered, scrape_until
 from tests.serve.collecting import Collector, collecting
-from tests.serve.running import KEY, Service, application, running
+from tests.serve.running import KEY, Service, application, driving, running, stats
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +60,8 @@ def url(service: Service) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(service: Service) -> Iterator[Executor]:
-    """Another driver of the service's cluster, in a process of its own: Ray's threads may end a process with it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        with ProcessPoolExecutor(1, get_context("spawn"), initializer=join, initargs=(service.gcs(),)) as driver:
-            yield driver
-
-
-def join(address: str) -> None:
-    ray.init(address=address, namespace="serve", log_to_driver=False)
-
-
-def stats() -> dict[str, Any]:
-    return serve.get_deployment_handle("ModelReplica", "main").stats.remote().result()
+    with driving(service) as driver:
+        yield driver
 
 
 def replicas_of_narrow() -> list[str]:
@@ -383,7 +370,7 @@ def test_one_key_over_two_ingresses(url: str) -> None:
 
 
 async def until(ask: Callable[[], Any], condition: Callable[[Any], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):  # a new replica's imports take half a minute where others compute
         while not condition(await ask()):
             await asyncio.sleep(0.005)
 
