@@ -5,9 +5,11 @@ import statistics
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from mqwen.engine.engine import Engine, EngineSettings
+from mqwen.engine.paged import PagedCache
 from mqwen.engine.request import Request
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from tests.engine.asking import collect, prompt, tokens, with_engine
@@ -40,6 +42,32 @@ def test_a_hit_skips_what_was_computed_and_says_so(model: MQWenLMHeadModel, proc
         with_engine(model, processor, use)
     finally:
         handle.remove()
+
+
+def test_found_prefixes_are_read_by_a_few_prompts_at_once(
+    model: MQWenLMHeadModel, processor: MQWenProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or many requests with a long prefix in common would gather it for all of them in one step."""
+    gathered = []
+    gather = PagedCache.gather
+
+    def counted(cache: PagedCache, paged: torch.Tensor, pages: torch.Tensor, rows: int) -> torch.Tensor:
+        found = gather(cache, paged, pages, rows)
+        gathered.append(rows * found.shape[2])
+        return found
+
+    monkeypatch.setattr(PagedCache, "gather", counted)
+    prefix = prompt(processor, "Which digit is in the picture? " * 12, 0)
+    settings = EngineSettings(max_length=len(prefix) + 4, max_step_positions=len(prefix))
+
+    async def use(engine: Engine) -> None:
+        await collect(engine, Request("first", prefix, [], 2))
+        gathered.clear()
+        await asyncio.gather(*(collect(engine, Request(str(n), [*prefix, n], [], 2)) for n in range(12)))
+        assert engine.stats().prefix_hits >= 12 * (len(prefix) // 16 * 16)
+
+    with_engine(model, processor, use, settings)
+    assert len(prefix) + 1 <= max(gathered) <= 4 * (len(prefix) + 4 + 15)
 
 
 def test_changed_weights_change_the_keys(artifact: Path, processor: MQWenProcessor) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+REACH = 4  # prompts of a step may see this many times what the longest sequence, or a whole step, has of positions
 MAX_FAILURES = 3  # steps in a row, after which the engine calls itself ill
 
 
@@ -124,7 +125,11 @@ class Engine:
         self._pool = BlockPool(blocks + 1, settings.block_size)
         self.picture_positions = self._width = model.config.image_positions
         self._scheduler = Scheduler(
-            self._pool, positions=settings.max_step_positions, rows=settings.max_batch_size, width=self._width
+            self._pool,
+            positions=settings.max_step_positions,
+            reach=REACH * max(self.max_length, settings.max_step_positions),
+            rows=settings.max_batch_size,
+            width=self._width,
         )
         kind = runner_of(model.config, model.device, model.dtype)
         slow = model.device.type == "cuda" and kind is Runner

@@ -20,9 +20,12 @@ class Work:
 @dataclass(slots=True)
 class Step:
     """works: those of one position first. admitted: sequences that run from now on. grown: for sequences that ran
-    before, the places of new blocks in their tables: (row, place, block)."""
+    before, the places of new blocks in their tables: (row, place, block). prompts, longest: pieces of prompts, and
+    positions of the longest of these prompts."""
 
     works: list[Work] = field(default_factory=list)
+    prompts: int = 0
+    longest: int = 0
     admitted: list[Sequence] = field(default_factory=list)
     grown: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -90,14 +93,15 @@ class FairQueue:
 
 
 class Scheduler:
-    """positions: most in one step. rows: most sequences at once. width: positions of a picture."""
+    """positions: most in one step. reach: most that its prompts see, each counted as the longest. rows: most sequences
+    at once. width: positions of a picture."""
 
-    def __init__(self, pool: BlockPool, *, positions: int, rows: int, width: int) -> None:
+    def __init__(self, pool: BlockPool, *, positions: int, reach: int, rows: int, width: int) -> None:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # oldest first
         self.preemptions = 0
         self.prefix_queries = self.prefix_hits = 0  # positions
-        self._pool, self._positions, self._width = pool, positions, width
+        self._pool, self._positions, self._reach, self._width = pool, positions, reach, width
         self._rows = list(range(rows - 1, -1, -1))
 
     def schedule(self) -> Step:
@@ -108,10 +112,10 @@ class Scheduler:
             if budget and sequence.row is not None and sequence.decodes and self._grow(sequence, step):
                 budget -= self._add(step, sequence, budget)
         for sequence in self.running:
-            if budget and sequence.length - sequence.computed > 1:
-                budget -= self._add(step, sequence, budget)
+            if budget and sequence.length - sequence.computed > 1 and self._fits(step, sequence):
+                budget -= self._add_prompt(step, sequence, budget)
         while budget and self.preemptions == before and self._admit(step):
-            budget -= self._add(step, self.running[-1], budget)
+            budget -= self._add_prompt(step, self.running[-1], budget)
         step.works.sort(key=lambda work: work.stop - work.start > 1)
         return step
 
@@ -140,6 +144,14 @@ class Scheduler:
         self.waiting.charge(sequence.request.key, stop - start)
         return stop - start
 
+    def _fits(self, step: Step, sequence: Sequence) -> bool:
+        """Prompts found in the prefix cache take few of a step's positions; what they see is gathered all the same."""
+        return not step.prompts or (step.prompts + 1) * max(step.longest, sequence.length) <= self._reach
+
+    def _add_prompt(self, step: Step, sequence: Sequence, budget: int) -> int:
+        step.prompts, step.longest = step.prompts + 1, max(step.longest, sequence.length)
+        return self._add(step, sequence, budget)
+
     def _grow(self, sequence: Sequence, step: Step) -> bool:
         """Room for one position more; the youngest give theirs up if need be, at last the sequence itself."""
         if len(sequence.blocks) * self._pool.size >= sequence.length:
@@ -162,6 +174,8 @@ class Scheduler:
         if not self._rows or not len(self.waiting):
             return False
         sequence = self.waiting.first()
+        if not self._fits(step, sequence):
+            return False
         sequence.extend_keys((sequence.length - 1) // self._pool.size, self._pool.size, self._width)
         found = self._pool.find(sequence.keys[: (sequence.length - 1) // self._pool.size])
         self._pool.hold(found)
