@@ -65,9 +65,8 @@ def test_a_killed_driver_is_known_to_be_gone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def elsewhere(run: Location, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def elsewhere(run: Location) -> Callable[[int], None]:
     """Writes the claim of a driver on another machine, with its count of beats."""
-    monkeypatch.setattr(claim, "LEASE", 1.0)
     driver = replace(Driver.this(), host="elsewhere")
 
     def beat(number: int) -> None:
@@ -77,7 +76,10 @@ def elsewhere(run: Location, monkeypatch: pytest.MonkeyPatch) -> Callable[[int],
     return beat
 
 
-def test_another_machine_that_is_silent_has_lost_the_run(run: Location, elsewhere: Callable[[int], None]) -> None:
+def test_another_machine_that_is_silent_has_lost_the_run(
+    run: Location, elsewhere: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "LEASE", 1.0)
     with claimed(run):
         assert f"{claim.PREFIX}other.json" not in drivers(run)
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from mqwen.engine.sequence import Sequence
 from mqwen.telemetry import serving
-from mqwen.telemetry.metric import Gauge
 
 if TYPE_CHECKING:
     from mqwen.engine.engine import EngineStats
@@ -14,17 +13,15 @@ if TYPE_CHECKING:
 
 def follow(model_name: str, stats: "Callable[[], EngineStats]") -> Callable[[], None]:
     """Shows the figures of an engine as they are now, until what this returns is called."""
-    figures: dict[Gauge, Callable[[], float]] = {
-        serving.NUM_REQUESTS_WAITING: lambda: stats().waiting,
-        serving.NUM_REQUESTS_RUNNING: lambda: stats().running,
-        serving.KV_CACHE_USAGE_PERC: lambda: stats().kv_blocks_used / stats().kv_blocks,
-    }
-    for gauge, value in figures.items():
-        gauge.follow(value, model_name=model_name)
+    ends = [
+        serving.NUM_REQUESTS_WAITING.follow(lambda: stats().waiting, model_name=model_name),
+        serving.NUM_REQUESTS_RUNNING.follow(lambda: stats().running, model_name=model_name),
+        serving.KV_CACHE_USAGE_PERC.follow(lambda: stats().kv_blocks_used / stats().kv_blocks, model_name=model_name),
+    ]
 
     def end() -> None:
-        for gauge, value in figures.items():
-            gauge.unfollow(value, model_name=model_name)
+        for each in ends:
+            each()
 
     return end
 

@@ -77,15 +77,13 @@ class Gauge(Metric):
     def set(self, value: float, **labels: str) -> None:
         self.follow(lambda: value, **labels)
 
-    def follow(self, value: Callable[[], float], **labels: str) -> None:
-        """Sets what `value` gives, once a second from now on."""
+    def follow(self, value: Callable[[], float], **labels: str) -> Callable[[], None]:
+        """Sets what `value` gives, once a second from now on, until what this returns is called; another value that
+        took its place stays."""
         if gauge := self._ray():
             _keeper.keep(gauge, value, labels)
-
-    def unfollow(self, value: Callable[[], float], **labels: str) -> None:
-        """Ends what `follow` began with this `value`; another one that took its place stays."""
-        if self.name in _made:
-            _keeper.drop(_made[self.name], value, labels)
+            return lambda: _keeper.drop(gauge, value, labels)
+        return lambda: None
 
     def _make(self) -> Any:
         from ray.util import metrics
