@@ -10,9 +10,9 @@ from mqwen.data.dataset import open_dataset
 from mqwen.data.heldout import HeldOut
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.reader import WindowReader
-from mqwen.data.stream import LEASE, Stream
+from mqwen.data.stream import READER, READER_IMPORTS, Stream
 from mqwen.model import MQWenConfig, MQWenProcessor
-from mqwen.storage import Location, MissingFileError, local_folder, readable
+from mqwen.storage import Location, MissingFileError, local_folder, locate, readable
 from mqwen.train.build import outline, starting_point
 from mqwen.train.cost import cost_of
 from mqwen.train.loop import Place, Progress
@@ -20,6 +20,7 @@ from mqwen.train.records import read_metrics
 from mqwen.train.report import write_report
 from mqwen.train.run import SETTINGS, open_run, train_run
 from mqwen.train.settings import DataSettings, RunSettings, SettingsError
+from mqwen.train.spares import Kind
 from mqwen.train.worker import Feed
 
 UNBOUNDED_ROWS = 2**31  # where the budget does not say how many it can want
@@ -74,7 +75,7 @@ def run_training(settings: RunSettings) -> None:
     cost = cost_of(outline(settings, config))
     order = order_of(settings, config.image_positions)
     rows = settings.steps * settings.data.rows_per_step if settings.steps else UNBOUNDED_ROWS
-    stream = Stream(order, processor, rows)
+    stream = Stream(order, processor, rows, name=str(locate(settings.runs) / settings.name))
     for dataset in order.datasets:
         dataset.check_shards()
     held_out = _held_out(settings, config, processor)
@@ -84,7 +85,7 @@ def run_training(settings: RunSettings) -> None:
         blank=stream.blank(),
         held_out=held_out.share if held_out else None,
         imports=(Stream.__module__,),
-        environment=LEASE,
+        readers=Kind(READER_IMPORTS, READER),
     )
     cpus = settings.parallel.workers * settings.parallel.cpus_per_worker + 2
     with open_run(settings, config, processor) as run:

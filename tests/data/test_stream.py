@@ -97,6 +97,17 @@ def test_killed_readers_change_nothing(stream: Stream, plain: list[Batch]) -> No
     assert killed
 
 
+def test_a_reading_that_begins_again_takes_its_share_of_the_cluster_over(stream: Stream) -> None:
+    """Ray Data's shares of the cluster are by the reading's id."""
+
+    def share(name: str) -> str:
+        return replace(stream, name=name).split(Position(), 1)[0]._get_dataset_tag()["dataset"]
+
+    first, again, other = share("run"), share("run"), share("other")
+    assert first == again
+    assert other != first
+
+
 def test_the_metrics_are_those_of_the_rows(tmp_path: Path, processor: MQWenProcessor) -> None:
     samples = [random_sample(seed) for seed in range(60)]
     samples[9].pictures[0] = b"no picture"

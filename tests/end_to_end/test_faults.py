@@ -70,8 +70,9 @@ def rest_of(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def workers_of(place: Place) -> list[psutil.Process]:
-    return [one for one in place.cluster.shell.processes() if "TrainWorker" in " ".join(one.cmdline())]
+def workers_of(place: Place, *more: str) -> list[psutil.Process]:
+    names = ("TrainWorker", *more)
+    return [one for one in place.cluster.shell.processes() if any(name in " ".join(one.cmdline()) for name in names)]
 
 
 def test_a_run_that_loses_a_node_goes_on_when_another_comes(place: Place, undisturbed: list[dict[str, Any]]) -> None:
@@ -88,14 +89,16 @@ def test_who_takes_a_killed_workers_place_was_ready(place: Place) -> None:
     """Once the run has gone on for a while, the processes of the next group wait with everything imported."""
     with place.cluster.shell.start(*place.options("spares", "--parallel.workers", 2, "--steps", 10_000)) as process:
         read_until(process, r"step \d+/")
-        ready = time.monotonic() + spares.AFTER + 30
+        ready = time.monotonic() + spares.AFTER + 10 * spares.PAUSE
         while time.monotonic() < ready:
             read_until(process, r"step \d+: checkpoint")
         killed = time.time()
         workers_of(place)[-1].kill()
         read_until(process, r"resumed from \S+ with 2 workers")
         read_until(process, r"step \d+/")
-        assert [one for one in workers_of(place) if one.create_time() > killed] == []
+        known = workers_of(place, *spares.OWN, "SplitCoordinator", "ReadWindows")
+        assert len(known) >= 2 + len(spares.OWN) + 1
+        assert [one for one in known if one.create_time() > killed] == []
         process.terminate()
 
 

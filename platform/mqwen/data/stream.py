@@ -8,6 +8,7 @@ is pinned and a digest test holds it.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import threading
@@ -34,20 +35,23 @@ WINDOWS_AHEAD = 2  # for each CPU of the cluster: one that is being read, and on
 LEAST_AHEAD = 64 << 20  # bytes
 # Reading tasks run in processes of their own kind, which they need not share with whoever began the reading: those may
 # have imported much more.
-READERS = {"env_vars": {"MQWEN_ROLE": "reader"}}
-# What the process that begins the reading must have in its environment. Ray Data lends each of its executions a share
-# of the cluster, for three minutes at a time; one whose process was killed kept its share so long, and the execution
-# after it got none.
-LEASE = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "5", "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "1"}
+READER = {"MQWEN_ROLE": "reader"}
+READER_IMPORTS = (WindowReader.__module__, Windows.__module__, Pace.__module__)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The rows of an order, epoch after epoch. `rows` is how many a run can want."""
+    """The rows of an order, epoch after epoch. `rows` is how many a run can want.
+
+    `name`, if any, is the same whenever a run's reading begins again, and no other run's on the cluster: Ray Data lends
+    each reading a share of the cluster, for three minutes at a time. Where a killed one kept its share so long, the one
+    after it would get leftovers; of the same name it takes the share over.
+    """
 
     order: Order
     processor: MQWenProcessor
     rows: int
+    name: str = ""
 
     def __post_init__(self) -> None:
         """Raises DataError where a dataset's tokens were counted by another tokenizer: its packs would not fit."""
@@ -56,7 +60,11 @@ class Stream:
 
     def split(self, position: Position, workers: int) -> list[ray.data.DataIterator]:
         """The rows from `position` on, dealt in turn: one iterator for each worker, which may be sent to it."""
-        return self.start(position).streaming_split(workers, equal=False)
+        found = self.start(position)
+        if self.name:
+            found.context.use_legacy_dataset_ids = True  # others would not survive the way to the coordinator
+            found._set_uuid(hashlib.sha256(self.name.encode()).hexdigest()[:16])
+        return found.streaming_split(workers, equal=False)
 
     def start(self, position: Position) -> ray.data.Dataset:
         """A Ray dataset of the rows from `position` on, `rows` of them or more."""
@@ -74,13 +82,13 @@ class Stream:
             # One list of them at a time, on no CPU, as it waits for the readers. That also keeps Ray from fusing the
             # two, which would read a whole list in one task.
             windows = ray.data.read_datasource(
-                Windows(self.rows + 1), num_cpus=0, concurrency=1, ray_remote_args={"runtime_env": READERS}
+                Windows(self.rows + 1), num_cpus=0, concurrency=1, ray_remote_args={"runtime_env": {"env_vars": READER}}
             )
             return windows.map_batches(
                 WindowReader(self.order, self.processor, position),
                 batch_size=1,
                 batch_format="pyarrow",
-                runtime_env=READERS,
+                runtime_env={"env_vars": READER},
             )
 
     def _window_bytes(self) -> int:

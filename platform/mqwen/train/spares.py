@@ -1,80 +1,127 @@
 """Processes that are ready to become workers: a group that has lost one starts again without waiting for imports.
 
-Starting Python, torch and transformers takes most of a restart. So on each node a rank asks for as many processes like
-its own as there are ranks, with all imported, and waiting; Ray takes them when it starts the next workers there. On
-rank 0's node it is one more, which Ray Data's coordinator takes. Reading tasks are light, and have processes of their
-own kind.
+Starting Python, torch and transformers takes most of a restart. So on each node a rank has processes prepared that wait
+with all imported, and Ray takes them when it starts the next workers there: as many as there are ranks, and as many
+for reading as windows are read first, because those that read for the lost group end with it. Rank 0 asks for one more
+of each, for what begins the reading, and for as many as Ray Train needs for a group's own actors.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections import Counter
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
 import grpc
 import ray
-import ray.train
 from ray._private.grpc_utils import init_grpc_channel
-from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as HOOK
 from ray.core.generated.common_pb2 import PYTHON
+from ray.core.generated.gcs_pb2 import ActorTableData
 from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
 from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
 
-AFTER = 20.0  # seconds from a group's start: shorter runs need none
-PAUSE = 5.0  # seconds between two: Ray starts no more at once than a node has cores, and forgets the others
+AFTER = 10.0  # seconds from a group's start: shorter runs need none
+PAUSE = 5.0  # seconds between requests: Ray starts no more at once than a node has cores, and forgets the others
 KEPT = 24 * 3600  # seconds
 ANSWER = 10.0  # seconds
+WINDOWS = 2  # a rank's, read at once
+OWN = {"SynchronizationActor", "DatasetManager", "PreemptionWatcher"}  # Ray Train's, of each group
 MARK = "MQWEN_SPARES"
+READERS = "MQWEN_SPARES_READERS"
 IMPORTS = "MQWEN_SPARES_IMPORTS"
 
 
-def environment(imports: Iterable[str]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Kind:
+    """Processes that import these modules. `environment` is what theirs has beside that of the run's workers."""
+
+    imports: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def environment(imports: tuple[str, ...], readers: Kind) -> dict[str, str]:
     """What a run's worker processes must have in their environment for their successors to be prepared.
 
     `imports` are modules that a worker needs.
     """
-    return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.prepare", MARK: uuid4().hex, IMPORTS: ",".join(imports)}
+    return {
+        HOOK: f"{__name__}.prepare",
+        MARK: uuid4().hex,
+        READERS: json.dumps(asdict(readers)),
+        IMPORTS: json.dumps(imports),
+    }
 
 
 def prepare() -> None:
     """Ray calls this in every such process when it starts. The first ones, for which work waits, go on at once."""
-    if os.environ.get("MQWEN_ROLE") != "reader" and _wanted().exists():
-        for module in os.environ[IMPORTS].split(","):
+    if _wanted().exists():
+        readers = _readers()
+        reads = readers.environment.items() <= os.environ.items()
+        for module in readers.imports if reads else json.loads(os.environ[IMPORTS]):
             importlib.import_module(module)
 
 
+def _readers() -> Kind:
+    return Kind(**json.loads(os.environ[READERS]))
+
+
 def ask() -> None:
-    """On one rank of each node: has processes prepared there, if this one is still there after a while."""
+    """On one rank of each node: has processes prepared, if this one is still there after a while."""
+    import ray.train  # not by readers, for which it is a second more
+
     context = ray.train.get_context()
     if context.get_local_rank() == 0:
-        count = context.get_local_world_size() + (context.get_world_rank() == 0)
-        threading.Thread(target=_ask, args=(count,), daemon=True).start()
+        ranks, first = context.get_local_world_size(), context.get_world_rank() == 0
+        threading.Thread(target=_ask, args=(ranks, first), daemon=True).start()
 
 
-def _ask(count: int) -> None:
+def _ask(ranks: int, first: bool) -> None:
     time.sleep(AFTER)
     _wanted().touch()
     me = ray.get_runtime_context()
-    node = next(node for node in ray.nodes() if node["NodeID"] == me.get_node_id())
-    request = PrestartWorkersRequest(
-        language=PYTHON,
-        job_id=ray.JobID.from_hex(me.get_job_id()).binary(),
-        runtime_env_info=RuntimeEnvInfo(serialized_runtime_env=me.get_runtime_env_string()),
-        keep_alive_duration_secs=KEPT,
-        num_workers=1,
-    )
-    address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-    with init_grpc_channel(address) as channel, suppress(grpc.RpcError):  # without spares a restart only takes longer
-        for _ in range(count):
-            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER)
-            time.sleep(PAUSE)
+    here, mine = me.get_node_id(), me.get_runtime_env_string()
+    wanted = Counter({(here, mine): ranks + first, (here, _for_reading(mine)): WINDOWS * ranks + first})
+    if first:
+        wanted += _actors()
+    nodes = {node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in ray.nodes()}
+    most = os.cpu_count() or 1
+    for (node, runtime_env), count in wanted.items():
+        request = PrestartWorkersRequest(
+            language=PYTHON,
+            job_id=ray.JobID.from_hex(me.get_job_id()).binary(),
+            runtime_env_info=RuntimeEnvInfo(serialized_runtime_env=runtime_env),
+            keep_alive_duration_secs=KEPT,
+        )
+        with init_grpc_channel(nodes[node]) as channel, suppress(grpc.RpcError):  # without them it only takes longer
+            for left in range(count, 0, -most):
+                request.num_workers = min(left, most)
+                NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER)
+                time.sleep(PAUSE)
+
+
+def _for_reading(runtime_env: str) -> str:
+    """Letter by letter as Ray will write it when a reading task is started: it compares hashes."""
+    found = json.loads(runtime_env)
+    found["env_vars"] |= _readers().environment
+    return json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _actors() -> Counter[tuple[str, str]]:
+    """Node and runtime environment of those actors of this job that Ray Train starts for each group, and how many."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    table = ray._private.state.state._connect_and_get_accessor().get_actor_table(job, "ALIVE")
+    actors = [ActorTableData.FromString(one) for one in table]
+    own = [one for one in actors if one.class_name in OWN]
+    return Counter((one.address.node_id.hex(), one.serialized_runtime_env) for one in own)
 
 
 def _wanted() -> Path:

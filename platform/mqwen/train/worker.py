@@ -30,6 +30,7 @@ from mqwen.train.profile import StepProfiler
 from mqwen.train.records import read_metrics
 from mqwen.train.saver import Saver
 from mqwen.train.settings import RunSettings
+from mqwen.train.spares import Kind
 from mqwen.train.strategy import make_strategy
 from mqwen.train.watchdog import Watchdog
 
@@ -46,7 +47,7 @@ class Feed:
     """Where every worker finds its rows.
 
     `held_out` are those of a rank of so many, from the beginning; None is none. `imports` are modules that reading
-    needs on a worker, `environment` variables that it needs there.
+    needs on a worker, `readers` the processes of its tasks.
     """
 
     split: Split
@@ -54,7 +55,7 @@ class Feed:
     blank: Batch
     held_out: Callable[[int, int], Iterator[Batch]] | None = None
     imports: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
+    readers: Kind = field(default_factory=Kind)
 
 
 @dataclass(frozen=True)
