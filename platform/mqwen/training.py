@@ -10,7 +10,7 @@ from mqwen.data.dataset import open_dataset
 from mqwen.data.heldout import HeldOut
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.reader import WindowReader
-from mqwen.data.stream import READER, READER_IMPORTS, Stream
+from mqwen.data.stream import LEASE, READER, READER_IMPORTS, Stream
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, MissingFileError, local_folder, locate, readable
 from mqwen.train.build import outline, starting_point
@@ -85,6 +85,7 @@ def run_training(settings: RunSettings) -> None:
         blank=stream.blank(),
         held_out=held_out.share if held_out else None,
         imports=(Stream.__module__,),
+        environment=LEASE,
         readers=Kind(READER_IMPORTS, READER),
     )
     cpus = settings.parallel.workers * settings.parallel.cpus_per_worker + 2

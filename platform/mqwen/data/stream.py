@@ -36,6 +36,9 @@ LEAST_AHEAD = 64 << 20  # bytes
 # Reading tasks run in processes of their own kind, which they need not share with whoever began the reading: those may
 # have imported much more.
 READER = {"MQWEN_ROLE": "reader"}
+# What the process that begins the reading must have in its environment, or else Ray Data would keep the share of the
+# cluster that a killed run was reading with for three minutes, and other runs would get leftovers.
+LEASE = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "5", "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "1"}
 READER_IMPORTS = (WindowReader.__module__, Windows.__module__, Pace.__module__)
 
 
@@ -44,8 +47,7 @@ class Stream:
     """The rows of an order, epoch after epoch. `rows` is how many a run can want.
 
     `name`, if any, is the same whenever a run's reading begins again, and no other run's on the cluster: Ray Data lends
-    each reading a share of the cluster, for three minutes at a time. Where a killed one kept its share so long, the one
-    after it would get leftovers; of the same name it takes the share over.
+    each reading a share of the cluster for a time, which a killed one keeps. One of the same name takes it over at once.
     """
 
     order: Order

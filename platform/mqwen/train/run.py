@@ -140,7 +140,7 @@ def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: F
             storage_filesystem=run.filesystem,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=parallel.max_failures),
-            worker_runtime_env={"env_vars": variables},
+            worker_runtime_env={"env_vars": variables | feed.environment},
         ),
     )
     (run / ENDED).delete()

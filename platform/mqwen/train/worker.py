@@ -47,7 +47,7 @@ class Feed:
     """Where every worker finds its rows.
 
     `held_out` are those of a rank of so many, from the beginning; None is none. `imports` are modules that reading
-    needs on a worker, `readers` the processes of its tasks.
+    needs on a worker, `environment` variables that it needs there, `readers` the processes of its tasks.
     """
 
     split: Split
@@ -55,6 +55,7 @@ class Feed:
     blank: Batch
     held_out: Callable[[int, int], Iterator[Batch]] | None = None
     imports: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
     readers: Kind = field(default_factory=Kind)
 
 
