@@ -47,7 +47,7 @@ class Stream:
     """The rows of an order, epoch after epoch. `rows` is how many a run can want.
 
     `name`, if any, is the same whenever a run's reading begins again, and no other run's on the cluster: Ray Data lends
-    each reading a share of the cluster for a time, which a killed one keeps. One of the same name takes it over at once.
+    each reading a share of the cluster for a time, which a killed one keeps; one of the same name takes it over.
     """
 
     order: Order
