@@ -15,6 +15,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import ray  # noqa: F401  before mqwen.cluster, which would have this process's Ray ask for a token
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
