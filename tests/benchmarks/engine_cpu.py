@@ -92,6 +92,7 @@ def by_generate(model: MQWenLMHeadModel, processor: MQWenProcessor, requests: li
             max_new_tokens=max(request.max_tokens or 0 for request in batch),
             do_sample=False,
             pad_token_id=pad,  # and no end token: nothing ends early
+            suppress_tokens=[model.config.image_token_id],  # as the engine does: no picture follows
         )
 
 

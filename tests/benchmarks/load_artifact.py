@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from threading import Event, Thread
 
+from tests.memory import anonymous_bytes
+
 ROUNDS = 3
 WAYS = ("from_pretrained", "from_pretrained as float32", "safetensors, mapped", "safetensors, read")
 QWEN_1_8B = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 11008}
@@ -33,11 +35,6 @@ def write(folder: Path) -> None:
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
     model.save_pretrained(folder, max_shard_size="2GB")
-
-
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def load(folder: Path, how: str) -> None:
@@ -70,7 +67,7 @@ def load(folder: Path, how: str) -> None:
 
 
 def measure(folder: Path, how: str) -> tuple[float, int, int]:
-    words = [sys.executable, __file__, str(folder), how]
+    words = [sys.executable, "-m", "tests.benchmarks.load_artifact", str(folder), how]
     seconds, memory, needed = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
     return float(seconds), int(memory), int(needed)
 

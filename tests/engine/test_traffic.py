@@ -9,7 +9,6 @@ import os
 import time
 from random import Random
 
-import psutil
 import pytest
 
 from mqwen.engine.engine import Engine, EngineSettings
@@ -17,6 +16,7 @@ from mqwen.engine.request import Request, RequestError
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from tests.engine.asking import prompt
 from tests.engine.tiny import picture
+from tests.memory import anonymous_bytes
 
 SECONDS = float(os.environ.get("MQWEN_TRAFFIC_SECONDS", "1800"))
 POSITION = 2 * 4 * 128 * 4  # bytes
@@ -64,7 +64,6 @@ async def one(engine: Engine, random: Random, request: Request) -> None:
 @pytest.mark.timeout(SECONDS + 300)
 def test_random_traffic(model: MQWenLMHeadModel, processor: MQWenProcessor) -> None:
     random = Random(0)
-    process = psutil.Process()
     memory: list[tuple[float, int]] = []
 
     async def client(engine: Engine, name: int, ends: float) -> int:
@@ -78,7 +77,7 @@ def test_random_traffic(model: MQWenLMHeadModel, processor: MQWenProcessor) -> N
         while time.monotonic() < ends:
             await asyncio.sleep(SECONDS / 180)
             gc.collect()
-            memory.append((time.monotonic() - started, process.memory_info().rss))
+            memory.append((time.monotonic() - started, anonymous_bytes()))
 
     async def main() -> None:
         engine = Engine(model, processor, SETTINGS)
@@ -89,7 +88,11 @@ def test_random_traffic(model: MQWenLMHeadModel, processor: MQWenProcessor) -> N
         stats = engine.stats()
         late = [size for at, size in memory if at >= SECONDS / 6]
         middle = (max(late) + min(late)) / 2
-        print(f"{sum(counts)} requests in {SECONDS:.0f} s; memory {min(late) >> 20} to {max(late) >> 20} MiB; {stats}")
+        curve = ", ".join(str(size >> 20) for _, size in memory[::18])
+        print(
+            f"{sum(counts)} requests in {SECONDS:.0f} s; memory over time {curve} MiB, {min(late) >> 20} to "
+            f"{max(late) >> 20} from minute {SECONDS / 360:.0f} on; {stats}"
+        )
         assert stats.kv_blocks_used == stats.running == stats.waiting == stats.failed == 0
         assert min(stats.finished, stats.aborted, stats.preemptions, stats.prefix_hits) > 0
         assert max(late) <= 1.05 * middle
