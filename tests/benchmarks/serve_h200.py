@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import io
 import json
 import os
@@ -34,6 +35,7 @@ from mqwen.engine.engine import Engine, EngineSettings
 from mqwen.engine.request import Request
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
 from tests.benchmarks.h200.measure import attempt, ceilings, machine
+from tests.benchmarks.h200.served import Served, conversations, engine_alone, under_serve
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -192,6 +194,13 @@ def static_batch(model: MQWenLMHeadModel, config: MQWenConfig, count: int, out: 
     return f"transformers' generate, {count} requests as one batch: {count * out / seconds:,.0f} tokens/s."
 
 
+def release() -> None:
+    """What nobody holds any more, for other processes of the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def start(folder: Path, device: torch.device, *, compiled: bool) -> str:
     """A process that loads an artifact as a replica does, and answers one request. compiled: whether one did so here
     before, so that Triton finds the kernels."""
@@ -209,12 +218,32 @@ def start(folder: Path, device: torch.device, *, compiled: bool) -> str:
     )
 
 
+def compare(alone: list[Served], served: list[Served]) -> str:
+    """A table, and what Ray Serve costs."""
+    lines = ["The service under Ray Serve over HTTP, a picture and 64 tokens in a chat (greedy, streamed):", ""]
+    lines += ["| requests | out | what | tokens/s | first, ms | p99 | between, ms |", "|---|---|---|---|---|---|---|"]
+    for name, those in (("engine alone", alone), ("Ray Serve", served)):
+        lines += [
+            f"| {s.requests} | {s.out} | {name} | {s.tokens_per_s:,.0f} | {s.first:.1f} | {s.first_p99:.1f} | "
+            f"{s.between:.2f} |"
+            for s in those
+        ]
+    lines.append("")
+    for ours, theirs in zip(alone, served, strict=True):
+        lines.append(
+            f"{ours.requests} at once, {ours.out} out: Ray Serve adds {theirs.first - ours.first:.1f} ms to the first "
+            f"token and has {theirs.tokens_per_s / ours.tokens_per_s:.2f} of the engine's tokens/s."
+        )
+    return "\n  ".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> list[Case]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", nargs="*", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--kinds", nargs="*", default=["text", "sampled", "picture"])
     parser.add_argument("--repeats", type=int, default=3, help="of each case, after one that warms up")
     parser.add_argument("--only-cases", action="store_true")
+    parser.add_argument("--served", nargs="*", type=int, default=[1, 16, 64], help="requests at once, by HTTP")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with a qwen.tiktoken")
     parser.add_argument("--minutes", type=float, default=8.0, help="no case begins later")
     parser.add_argument("--tiny", action="store_true")
@@ -291,9 +320,17 @@ def main(arguments: list[str] | None = None) -> list[Case]:
     if not given.only_cases:
         for count in sorted({min(given.requests), most}):
             tell("static batch", partial(static_batch, model, config, count, out))
-        del model
+        outs = [out // 2, long]
+        draw = partial(conversations, tokenizer, size=config.vision_config.image_size)
+        replica = Engine(model, processor, EngineSettings())
+        alone = engine_alone(replica, tokenizer, draw, given.served, outs)
+        asyncio.run(replica.drain())
+        del replica, model
+        release()
         for compiled in (True, False):
             tell("start", partial(start, Path(artifact.name), device, compiled=compiled))
+        gpus = int(device.type == "cuda")
+        tell("Ray Serve", lambda: compare(alone, under_serve(Path(artifact.name), gpus, draw, given.served, outs)))
     report(cases, about, found.copy, told, given.out)
     return cases
 
