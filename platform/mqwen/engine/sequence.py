@@ -1,6 +1,7 @@
 """One request on its way through the engine."""
 
 import hashlib
+import math
 import random
 import time
 
@@ -43,7 +44,8 @@ class Sequence:
         self.keys: list[bytes] = []
         self.root = b""
         self.arrived = self._token_at = time.perf_counter()
-        self.token_seconds = self._told_at = 0.0
+        self.token_seconds = 0.0
+        self._told_at = -math.inf
         self.finish_reason: FinishReason | None = None
         self.live = False
         self.aborted = False

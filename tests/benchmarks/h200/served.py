@@ -166,7 +166,7 @@ def under_serve(artifact: Path, gpus: int, draw: Draw, counts: list[int], outs: 
         def ask(asked: list[tuple[str, bytes]], out: int, seed: str) -> list[Answer]:
             bodies = as_bodies(asked, out)
             parts = [bodies[place::CLIENTS] for place in range(min(CLIENTS, len(bodies)))]
-            done = pool.map(partial(ask_all, url, KEY, time.time() + 0.5), parts)
+            done = pool.map(partial(ask_all, url, KEY, time.time() + 0.3), parts)
             return [answer for answers in done for answer in answers]
 
         return measure("Ray Serve", ask, draw, counts, outs)
