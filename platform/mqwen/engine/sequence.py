@@ -87,7 +87,8 @@ class Sequence:
             logprobs.append(logprob)
         if self.finish_reason is None and not (self.outbox.streams and now - self._told_at >= pause):
             return False
-        self._told_at = now
+        # Sequences that began together are told of one after the other, not all at once again and again.
+        self._told_at = now - pause * random.random() if self.completion_tokens == 1 else now
         self._tell()
         return True
 
