@@ -321,6 +321,7 @@ def main(arguments: list[str] | None = None) -> list[Case]:
         tell("agreement", partial(agreement, engine, model, config, out // 2))
     asyncio.run(engine.drain())
     del engine
+    release()
     if "static" in given.parts:
         for count in ends:
             tell("static batch", partial(static_batch, model, config, count, out))
