@@ -1,6 +1,7 @@
 """The model side: one process (on a GPU, or a share of one) that holds an engine and answers chats."""
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from mqwen.engine.interface import GenerationEngine
     from mqwen.model import MQWenProcessor
 
+# Seconds that a thread keeps the interpreter where another wants it. The engine's thread gives it up at each call of
+# the card, several times in a step of one to three milliseconds; Python's own 5 ms would be the step's length then.
+SWITCH = 2e-4
+
 
 class ModelReplica:
     """Replicas on one node share a copy of the checkpoint.
@@ -30,6 +35,7 @@ class ModelReplica:
         # Imported here: the driver and the ingress import this module, and need no torch.
         from mqwen.engine.text import token_bytes
 
+        sys.setswitchinterval(SWITCH)
         self.engine: GenerationEngine
         self.engine, processor = _engine(settings, local_folder(settings.checkpoint))
         processor.max_pixels = settings.max_pixels

@@ -3,15 +3,17 @@
 Random weights, bfloat16. First the rate at which the card copies, which with the bytes that a step must read makes the
 limit; then (a) 320 random tokens in and 256 out, greedy and sampled; (b) a picture and 64 tokens in, 128 and 512 out;
 each for 1, 16, 64 and 256 requests at once; the time of prompts alone; transformers' generate on the same requests as
-one static batch; how often greedy tokens are its own; and the time from the start of a process to its first token from
-an artifact on disk. Writes a dated Markdown file and the same as JSON into `--out`. `--tiny` shows on a CPU that all of
-it runs.
+one static batch; how often greedy tokens are its own; the service under Ray Serve over HTTP, with clients in other
+processes, beside the engine alone with a replica's settings and the same token ids; and the time from the start of a
+process to its first token from an artifact on disk. `--parts` picks some of these. Writes a dated Markdown file and the
+same as JSON into `--out`. `--tiny` shows on a CPU that all of it runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import io
 import json
 import os
@@ -34,7 +36,9 @@ from mqwen.engine.engine import Engine, EngineSettings
 from mqwen.engine.request import Request
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
 from tests.benchmarks.h200.measure import attempt, ceilings, machine
+from tests.benchmarks.h200.served import Served, conversations, engine_alone, under_serve
 
+PARTS = ("cases", "prompts", "agreement", "static", "served", "start")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -192,6 +196,13 @@ def static_batch(model: MQWenLMHeadModel, config: MQWenConfig, count: int, out: 
     return f"transformers' generate, {count} requests as one batch: {count * out / seconds:,.0f} tokens/s."
 
 
+def release() -> None:
+    """What nobody holds any more, for other processes of the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def start(folder: Path, device: torch.device, *, compiled: bool) -> str:
     """A process that loads an artifact as a replica does, and answers one request. compiled: whether one did so here
     before, so that Triton finds the kernels."""
@@ -209,12 +220,32 @@ def start(folder: Path, device: torch.device, *, compiled: bool) -> str:
     )
 
 
+def compare(alone: list[Served], served: list[Served]) -> str:
+    """A table, and what Ray Serve costs."""
+    lines = ["The service under Ray Serve over HTTP, a picture and 64 tokens in a chat (greedy, streamed):", ""]
+    lines += ["| requests | out | what | tokens/s | first, ms | p99 | between, ms |", "|---|---|---|---|---|---|---|"]
+    for name, those in (("engine alone", alone), ("Ray Serve", served)):
+        lines += [
+            f"| {s.requests} | {s.out} | {name} | {s.tokens_per_s:,.0f} | {s.first:.1f} | {s.first_p99:.1f} | "
+            f"{s.between:.2f} |"
+            for s in those
+        ]
+    lines.append("")
+    for ours, theirs in zip(alone, served, strict=True):
+        lines.append(
+            f"{ours.requests} at once, {ours.out} out: Ray Serve adds {theirs.first - ours.first:.1f} ms to the first "
+            f"token and has {theirs.tokens_per_s / ours.tokens_per_s:.2f} of the engine's tokens/s."
+        )
+    return "\n  ".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> list[Case]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", nargs="*", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--kinds", nargs="*", default=["text", "sampled", "picture"])
     parser.add_argument("--repeats", type=int, default=3, help="of each case, after one that warms up")
-    parser.add_argument("--only-cases", action="store_true")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--served", nargs="*", type=int, default=[1, 16, 64], help="requests at once, by HTTP")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with a qwen.tiktoken")
     parser.add_argument("--minutes", type=float, default=8.0, help="no case begins later")
     parser.add_argument("--tiny", action="store_true")
@@ -261,13 +292,13 @@ def main(arguments: list[str] | None = None) -> list[Case]:
     settings = EngineSettings(max_batch_size=most, max_length=1024, max_step_positions=8192, picture_threads=14)
     processor = MQWenProcessor(tokenizer, image_size=config.vision_config.image_size)
     artifact = tempfile.TemporaryDirectory()
-    if not given.only_cases:
+    if {"served", "start"} & set(given.parts):
         model.save_pretrained(artifact.name)
         processor.save_pretrained(artifact.name)
     engine = Engine(model, processor, settings)
     print(f"engine ready in {time.perf_counter() - started:.1f} s", flush=True)
-    cases = []
-    for kind in given.kinds:
+    cases: list[Case] = []
+    for kind in given.kinds if "cases" in given.parts else ():
         for count in given.requests:
             for tokens in (out // 2, long) if kind == "picture" else (out,):
                 if time.monotonic() - begun < 60 * given.minutes:
@@ -282,16 +313,31 @@ def main(arguments: list[str] | None = None) -> list[Case]:
             print(text, flush=True)
             report(cases, about, found.copy, told, given.out)  # whatever becomes of the rest
 
-    if not given.only_cases:
-        for count in sorted({min(given.requests), most}):
+    ends = sorted({min(given.requests), most})
+    if "prompts" in given.parts:
+        for count in ends:
             tell("prompts", partial(prompts_alone, engine, count, config))
+    if "agreement" in given.parts:
         tell("agreement", partial(agreement, engine, model, config, out // 2))
     asyncio.run(engine.drain())
     del engine
-    if not given.only_cases:
-        for count in sorted({min(given.requests), most}):
+    release()
+    if "static" in given.parts:
+        for count in ends:
             tell("static batch", partial(static_batch, model, config, count, out))
-        del model
+    outs, alone = [out // 2, long], []
+    draw = partial(conversations, tokenizer, size=config.vision_config.image_size)
+    if "served" in given.parts:
+        replica = Engine(model, processor, EngineSettings())
+        alone = engine_alone(replica, tokenizer, draw, given.served, outs)
+        asyncio.run(replica.drain())
+        del replica
+    del model
+    release()  # the device is others' from here on
+    if "served" in given.parts:
+        gpus = int(device.type == "cuda")
+        tell("Ray Serve", lambda: compare(alone, under_serve(Path(artifact.name), gpus, draw, given.served, outs)))
+    if "start" in given.parts:
         for compiled in (True, False):
             tell("start", partial(start, Path(artifact.name), device, compiled=compiled))
     report(cases, about, found.copy, told, given.out)

@@ -23,7 +23,11 @@ def drawn(logits: torch.Tensor, options: list[dict[str, Any]], seeds: list[int],
     settings = torch.tensor([[float(getattr(one, name)) for name in SETTINGS] for one in requests])
     rows = torch.arange(len(logits)).flip(0)
     places = settings.flip(0), torch.tensor(seeds).flip(0), rows, torch.full((len(logits),), 9)
-    return draw(logits.to(DEVICE), *(one.to(DEVICE) for one in places), block=block).tolist()
+    ids, told = torch.zeros(len(logits), 10, dtype=torch.int64, device=DEVICE), torch.zeros(len(logits) + 1).long()
+    told = told.pin_memory() if CARD else told
+    tokens = draw(logits.to(DEVICE), *(one.to(DEVICE) for one in places), ids, told, block=block).tolist()
+    assert ids[:, 9].flip(0).tolist() == told[:-1].tolist() == tokens
+    return tokens
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,9 @@ def test_few_rows(rows: int) -> None:
     bias, residual, out = some(75), some(rows, 75), torch.empty(rows, 75, device=DEVICE, dtype=DTYPE)
     close(rows_product(x, weight, out, bias=bias, block_k=32), x @ weight.T + bias)
     close(rows_product(x, weight, out, residual=residual, block_k=64), x @ weight.T + residual)
-    close(rows_product(x, weight, out, gate=gate, block_k=32), (x @ weight.T) * F.silu(x @ gate.T))
+    for overlap in {False, OVERLAP}:
+        ours = rows_product(x, weight, out, gate=gate, block_k=32, ahead=64, overlap=overlap)
+        close(ours, (x @ weight.T) * F.silu(x @ gate.T))
     both = some(rows, 150)
     close(silu_mul(both, out), both[:, :75] * F.silu(both[:, 75:]))
     y, r, gain = some(rows, 96), some(rows, 96), some(96)

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from mqwen.engine.adapters import Adapters
 from mqwen.engine.cuda import network
-from mqwen.engine.cuda.network import FEW, Network, Tables
+from mqwen.engine.cuda.network import FEW, SOME, Network, Tables
 from mqwen.engine.cuda.runner import PIECES, PromptStep
 from mqwen.engine.request import Request
 from mqwen.engine.runner import Runner
@@ -95,12 +95,16 @@ def test_the_kernels_do_what_plain_torch_does(monkeypatch: pytest.MonkeyPatch) -
         runner.ids[rows, positions] = expected.argmax(-1)
         rows, positions = torch.arange(count, device=device), torch.tensor(lengths, device=device)
         before = copied()
-        for several in (1, 3, FEW + 1):
+        for several, tiles in ((1, FEW), (3, FEW), (count, SOME), (count, None)):
+            monkeypatch.setattr(network, "tiles_for", lambda rows, tiles=tiles: tiles)
             take_back(before)
             works = [Work(s, n, n + 1, True) for s, n in zip(sequences[:several], lengths, strict=False)]
             expected, _, _ = runner.forward(works)
             written = copied()
             take_back(before)
-            ours = kernels.decode(rows[:several], positions[:several])
+            last = runner._blocks[rows, positions // SIZE]
+            runner._blocks[rows, positions // SIZE] = 0  # what a graph is given, it writes there itself
+            ours = kernels.decode(rows[:several], positions[:several], last[:several])
+            runner._blocks[rows, positions // SIZE] = last
             torch.testing.assert_close(ours, expected, **CLOSE)
             same_cache(written)

@@ -7,9 +7,11 @@ from pathlib import Path
 from random import Random
 from typing import NoReturn
 
+import numpy as np
 import pytest
 
 from mqwen.engine.engine import Engine, EngineSettings
+from mqwen.engine.outbox import Outbox
 from mqwen.engine.request import (
     ContextLengthError,
     EngineClosedError,
@@ -19,6 +21,8 @@ from mqwen.engine.request import (
     RequestError,
     TokenEvent,
 )
+from mqwen.engine.sequence import Sequence
+from mqwen.engine.text import TextStream
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.telemetry import metric, serving
 from tests.engine.asking import collect, prompt, tokens, until, with_engine
@@ -301,3 +305,14 @@ def test_a_drained_engine_is_freed(artifact: Path, processor: MQWenProcessor, mo
     del engine
     gc.collect()
     assert left() is None
+
+
+def test_events_come_no_oftener_than_their_pause_allows() -> None:
+    async def main() -> None:
+        stream = TextStream(lambda token: b"a", ())
+        sequence = Sequence(Request("one", [1, 2]), np.array([1, 2]), [], 4, stream, Outbox(streams=True))
+        told = [sequence.add(5 + n, frozenset(), None, pause) for n, pause in enumerate((60.0, 60.0, 0.0, 60.0))]
+        assert told == [True, False, True, True]  # the first; none; the two since; the last, come what may
+        assert (await sequence.outbox.take()).token_ids == (5, 6, 7, 8)
+
+    asyncio.run(main())

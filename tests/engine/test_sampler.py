@@ -27,12 +27,15 @@ def sample(
 ) -> Sampled:
     """Row i of the logits by options i and seed i; the rows lie in the sampler in reverse."""
     count = len(logits)
-    sampler = Sampler(count, logits.shape[1], logits.device)
+    ids = torch.zeros(count, 10, dtype=torch.int64)
+    sampler = Sampler(count, logits.shape[1], ids)
     requests = [Request(str(i), PROMPT, **one) for i, one in enumerate(options)]
     rows = torch.arange(count - 1, -1, -1)
     sampler.admit(rows.tolist(), requests, seeds, [np.array(answer, np.int64)] * count)
     wanted = max((one.logprobs for one in requests if one.logprobs is not None), default=None)
-    return sampler.sample(logits, rows, torch.full((count,), 9), requests, wanted)
+    sampled = sampler.sample(logits, rows, torch.full((count,), 9), requests, wanted)
+    assert torch.equal(ids[rows, 9], sampled.tokens)
+    return sampled
 
 
 def random_logits(rows: int, vocabulary: int, seed: int) -> torch.Tensor:
@@ -100,7 +103,7 @@ def test_presence_and_frequency_penalties_by_their_formula() -> None:
 
 
 def test_penalties_count_what_was_sampled_and_touch_no_neighbour() -> None:
-    sampler = Sampler(2, 4, torch.device("cpu"))
+    sampler = Sampler(2, 4, torch.zeros(2, 2, dtype=torch.int64))
     penalized, plain = Request("a", [0], presence_penalty=5.0), Request("b", [0])
     sampler.admit([0, 1], [penalized, plain], [1, 1], [np.array([], np.int64)] * 2)
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).expand(2, -1)

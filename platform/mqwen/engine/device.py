@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+STEPS = 3  # what the host shares with the card's work of a step serves again so many steps later: two are under way
+
 
 def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     """Without a wait. On the CPU the tensor is the array's own memory."""

@@ -21,7 +21,7 @@ from mqwen.engine.blocks import BlockPool
 from mqwen.engine.grammar import allowed_tokens
 from mqwen.engine.intake import Intake
 from mqwen.engine.observer import Observer
-from mqwen.engine.outbox import Outbox, tell
+from mqwen.engine.outbox import EVENT_SECONDS, Outbox, tell
 from mqwen.engine.paged import count_blocks
 from mqwen.engine.pictures import PictureEncoder
 from mqwen.engine.request import (
@@ -143,7 +143,7 @@ class Engine:
             blocks=blocks + 1,
             size=settings.block_size,
         )
-        self._sampler = Sampler(settings.max_batch_size, model.config.vocab_size, model.device)
+        self._sampler = Sampler(settings.max_batch_size, model.config.vocab_size, self._runner.ids)
         self._intake = Intake(
             model.config, processor.tokenizer, self._pictures, adapters, self._runner.rotary, self.max_length
         )
@@ -379,20 +379,22 @@ class Engine:
         logprobs = max((one.logprobs for one in requests if one.logprobs is not None), default=None)
         allowed = allowed_tokens([sequence.grammar for sequence in sequences], logits.shape[1])
         sampled = self._sampler.sample(logits, rows, positions, requests, logprobs, allowed)
-        self._runner.ids[rows, positions] = sampled.tokens
         return Launched(step.works, sampled)
 
     def _finish(self, launched: "Launched") -> None:
         """Gives out the tokens of a step; who had its last leaves."""
         tokens = launched.tokens()
         sampled: list[Sequence] = []
+        told: list[Outbox] = []
+        pause = EVENT_SECONDS * len(self._scheduler.running)
         place = 0  # among the sequences that sample
         for work in launched.works:
             sequence = work.sequence
             if sequence.live and work.samples and not self._breaks_grammar(sequence, tokens[place]):
                 wants = sequence.request.logprobs
                 logprob = None if wants is None else launched.sampled.logprob(place, wants)
-                sequence.add(tokens[place], self._stop_ids, logprob)
+                if sequence.add(tokens[place], self._stop_ids, logprob, pause):
+                    told.append(sequence.outbox)
                 sampled.append(sequence)
             place += work.samples
             if sequence.row is not None:  # else it has ended or was preempted, and its blocks may be another's
@@ -405,7 +407,7 @@ class Engine:
         for sequence in ended:
             self._counts["finished"] += 1
             self._remove(sequence)
-        left = tell(sequence.outbox for sequence in sampled if sequence.outbox.streams or not sequence.live)
+        left = tell(told)
         for sequence in sampled:
             if sequence.outbox in left and sequence.live:
                 self._end_aborted(sequence)

@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 from mqwen.engine.request import TokenEvent, join
 
+# About what an event costs on its way to a client by Ray Serve and HTTP. More events than there is time for would queue
+# up there, and take the engine's thread its turns at the interpreter: see `Sequence.add`.
+EVENT_SECONDS = 5e-4
+
 
 class Outbox:
     """Events of one request. Made on the reader's loop; `put` belongs to the engine's thread.

@@ -64,7 +64,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """What was added to a request since the event before; one step's, or several steps' for a slow reader.
+    """What was added to a request since the event before; one step's, or several steps' for a slow reader, and where
+    many requests run.
 
     token_ids: sampled, the stop token included. text: what they made readable; empty while a character or a possible
     stop text is incomplete. finish_reason: None until the last event. prompt_tokens: positions of the prompt, pictures

@@ -9,13 +9,14 @@ Shapes: S sequences that sample, V vocabulary, R rows.
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mqwen.engine.device import to_device
+from mqwen.engine.device import STEPS, to_device
 from mqwen.engine.request import Request, TokenLogprob
 
 Ints = NDArray[np.int64]
@@ -37,16 +38,21 @@ def penalizes(request: Request) -> bool:
 
 @dataclass(frozen=True)
 class Sampled:
-    """tokens: (S,). logprobs: (S,) of these; top: (S, n) log probabilities and tokens; None where nobody asked."""
+    """tokens: (S,). logprobs: (S,) of these; top: (S, n) log probabilities and tokens; None where nobody asked.
+
+    told: the tokens, where the card itself writes them into the host's memory.
+    """
 
     tokens: Tensor
     logprobs: Tensor | None = None
     top: tuple[Tensor, Tensor] | None = None
+    told: Tensor | None = None
 
     def to_host(self) -> "Sampled":
         """Without a wait: the values are there when the device has come so far."""
         top = None if self.top is None else (_to_host(self.top[0]), _to_host(self.top[1]))
-        return Sampled(_to_host(self.tokens), None if self.logprobs is None else _to_host(self.logprobs), top)
+        tokens = _to_host(self.tokens) if self.told is None else self.told
+        return Sampled(tokens, None if self.logprobs is None else _to_host(self.logprobs), top)
 
     def logprob(self, place: int, count: int) -> TokenLogprob:
         """Of the sequence at `place`, with the `count` likeliest tokens."""
@@ -63,10 +69,11 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 class Sampler:
-    """rows: most sequences at once."""
+    """rows: most sequences at once. ids: (R, ...), the table of all that is known, where sampled tokens go too."""
 
-    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
-        self._device, self._shape = device, (rows, vocab_size)
+    def __init__(self, rows: int, vocab_size: int, ids: Tensor) -> None:
+        device = ids.device
+        self._ids, self._device, self._shape = ids, device, (rows, vocab_size)
         self._settings = torch.zeros(rows, len(SETTINGS), device=device)
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self._generated: Tensor | None = None  # (R, V), how often the answer holds a token
@@ -76,6 +83,7 @@ class Sampler:
             from mqwen.engine.cuda.draw import draw as draw_on_card  # brings Triton, which only such a machine has
 
             self._draw_on_card = draw_on_card
+            self._told = cycle(torch.empty(STEPS, rows, dtype=torch.int64, pin_memory=True))
 
     def admit(self, rows: Many[int], requests: Many[Request], seeds: Many[int], answers: Many[Ints]) -> None:
         """Requests that run from now on. answers: what is generated of each so far."""
@@ -113,26 +121,29 @@ class Sampler:
         may come.
         """
         penalized = any(map(penalizes, requests))
-        raw = logits
+        raw, told = logits, None
         if penalized:
             logits = self._penalize(logits.float(), rows)
         if allowed is not None:
             bits = self._send(allowed).unsqueeze(2) >> torch.arange(32, device=self._device, dtype=torch.int32)
             logits = logits.masked_fill((bits & 1).flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
         if self._draw_on_card is not None:
-            tokens = self._draw_on_card(logits, self._settings, self._seeds, rows, positions)
+            told = next(self._told)[: len(logits)]
+            tokens = self._draw_on_card(logits, self._settings, self._seeds, rows, positions, self._ids, told)
         elif not any(map(draws, requests)):
             tokens = logits.argmax(dim=-1)
         else:
             tokens = self._draw(logits.float(), rows, positions, any(map(sorts, requests)))
+        if told is None:
+            self._ids[rows, positions] = tokens
         if penalized:
             assert self._generated is not None
             self._generated[rows, tokens] += 1
         if logprobs is None:
-            return Sampled(tokens)
+            return Sampled(tokens, told=told)
         every = raw.float().log_softmax(dim=-1)
         values, likeliest = every.topk(logprobs)
-        return Sampled(tokens, every.gather(1, tokens.unsqueeze(1)).squeeze(1), (values, likeliest))
+        return Sampled(tokens, every.gather(1, tokens.unsqueeze(1)).squeeze(1), (values, likeliest), told)
 
     def _draw(self, logits: Tensor, rows: Tensor, positions: Tensor, sorts: bool) -> Tensor:
         temperature, top_p, top_k, min_p = self._settings[rows].T.unsqueeze(2)[:4]  # a column (S, 1) each

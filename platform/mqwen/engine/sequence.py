@@ -1,6 +1,7 @@
 """One request on its way through the engine."""
 
 import hashlib
+import math
 import random
 import time
 
@@ -44,6 +45,7 @@ class Sequence:
         self.root = b""
         self.arrived = self._token_at = time.perf_counter()
         self.token_seconds = 0.0
+        self._told_at = -math.inf
         self.finish_reason: FinishReason | None = None
         self.live = False
         self.aborted = False
@@ -60,9 +62,12 @@ class Sequence:
         """One position is left to work on, and a token may follow from it; the last token is only given out."""
         return self.length - self.computed == 1 and self.length < len(self.ids)
 
-    def add(self, token: int, stop_ids: frozenset[int], logprob: TokenLogprob | None) -> None:
+    def add(self, token: int, stop_ids: frozenset[int], logprob: TokenLogprob | None, pause: float) -> bool:
         """Takes a sampled token, which its grammar has taken; afterwards `finish_reason` says whether it was the last.
-        Tells a reader who streams at once, others at the end."""
+
+        True where its reader has an event to be told of: at the end, and, who streams, at the first token and then as
+        often as `pause` seconds allow.
+        """
         self.ids[self.known] = token
         self.known += 1
         now = time.perf_counter()
@@ -80,8 +85,12 @@ class Sequence:
         texts.append(text)
         if logprob is not None:
             logprobs.append(logprob)
-        if self.outbox.streams or self.finish_reason is not None:
-            self._tell()
+        if self.finish_reason is None and not (self.outbox.streams and now - self._told_at >= pause):
+            return False
+        # Sequences that began together are told of one after the other, not all at once again and again.
+        self._told_at = now - pause * random.random() if self.completion_tokens == 1 else now
+        self._tell()
+        return True
 
     def end_aborted(self) -> None:
         self.finish_reason = "abort"

@@ -5,6 +5,7 @@ python -m tests.benchmarks.h200.start FOLDER DEVICE TIME, the last being that of
 
 import sys
 import time
+from pathlib import Path
 
 
 def main(folder: str, device: str, begun: float) -> None:
@@ -12,12 +13,11 @@ def main(folder: str, device: str, begun: float) -> None:
         return time.time() - begun
 
     from mqwen.engine.engine import Engine, EngineSettings
+    from mqwen.engine.loading import load_artifact
     from mqwen.engine.request import Request
-    from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 
     imported = since()
-    processor = MQWenProcessor.from_pretrained(folder)
-    model = MQWenLMHeadModel.from_pretrained(folder).eval().to(device)
+    model, processor = load_artifact(Path(folder), gpu=device == "cuda")
     loaded = since()
     engine = Engine(model, processor, EngineSettings())
     ready = since()

@@ -71,9 +71,9 @@ def _kth(logits, V, peak, sharpness, k, BLOCK: tl.constexpr):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["told"])
 def _draw_kernel(
-    logits, settings, seeds, rows, positions, tokens, V, row_stride,
+    logits, settings, seeds, rows, positions, ids, tokens, told, V, row_stride, ids_stride,
     SETTINGS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
@@ -120,22 +120,28 @@ def _draw_kernel(
                 inside = inside & ((above < top_p * whole) | (top_p >= 1))
             chosen = tl.where(inside, block * BLOCK + lane, -1)
         chosen = tl.where(chosen < 0, likeliest, chosen)
-    tl.store(tokens + place, chosen.to(tl.int64))
+    chosen = chosen.to(tl.int64)
+    tl.store(tokens + place, chosen)
+    tl.store(told + place, chosen)
+    tl.store(ids + row * ids_stride + tl.load(positions + place), chosen)
 
 
 def draw(
-    logits: Tensor, settings: Tensor, seeds: Tensor, rows: Tensor, positions: Tensor, block: int = 16384,
+    logits: Tensor, settings: Tensor, seeds: Tensor, rows: Tensor, positions: Tensor, ids: Tensor, told: Tensor,
+    block: int = 16384,
 ) -> Tensor:  # fmt: skip
     """(S,) tokens, int64; the likeliest where the temperature is 0.
 
     logits: (S, V), any floating dtype. settings: (R, ...), by row: temperature, top_p, top_k, min_p, and others. seeds:
-    (R,), int64. rows, positions: (S,), int64, of the tokens to come.
+    (R,), int64. rows, positions: (S,), int64, of the tokens to come, which go there into ids (R, ...), and into told
+    (S,), which may be the host's, pinned.
     """
     count, vocabulary = logits.shape
     tokens = rows.new_empty(count)
     block = min(block, max(16, triton.next_power_of_2(vocabulary)))
     _draw_kernel[(count,)](
-        logits, settings, seeds, rows, positions, tokens, vocabulary, logits.stride(0), settings.shape[1], block,
+        logits, settings, seeds, rows, positions, ids, tokens, told, vocabulary, logits.stride(0), ids.stride(0),
+        settings.shape[1], block,
         triton.next_power_of_2(triton.cdiv(vocabulary, block)), num_warps=max(1, min(32, block // 512)),
     )  # fmt: skip
     return tokens

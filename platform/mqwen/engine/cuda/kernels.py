@@ -72,14 +72,29 @@ def silu_mul(both: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["given"])
+def _receive_kernel(given, taken, N, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(taken + n, tl.load(given + n, mask=n < N), mask=n < N)
+
+
+def receive(given: Tensor, taken: Tensor) -> None:
+    """From pinned memory of the host, which the card reads itself: less than a copy waits before and after it."""
+    count, block = given.numel(), 256
+    _receive_kernel[(triton.cdiv(count, block),)](given, taken, count, block, num_warps=4)
+
+
 @triton.jit
 def _begin_kernel(
-    ids, places, rotary, rows, positions, embedding, x, turns,
-    ids_stride, C: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+    ids, places, rotary, rows, positions, blocks, tables, embedding, x, turns,
+    ids_stride, table_stride, C: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr,
+    GROWS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + m)
     position = tl.load(positions + m)
+    if GROWS:
+        tl.store(tables + row * table_stride + position // SIZE, tl.load(blocks + m))
     token = tl.load(ids + row * ids_stride + position)
     c = tl.arange(0, WIDE)
     tl.store(x + m * C + c, tl.load(embedding + token * C + c, mask=c < C), mask=c < C)
@@ -89,16 +104,19 @@ def _begin_kernel(
 
 def begin(
     ids: Tensor, places: Tensor, rotary: Tensor, rows: Tensor, positions: Tensor, embedding: Tensor, x: Tensor,
-    turns: Tensor,
+    turns: Tensor, blocks: Tensor | None = None, tables: Tensor | None = None, size: int = 1,
 ) -> None:  # fmt: skip
     """The tokens' embeddings x (M, C), and their rotary factors turns (M, D): cosines, then sines.
+
+    blocks: (M,), int64, of `size` positions, in which the tokens' lie; written into the tables, which may lack them.
 
     rows, positions: (M,), int64, of the tokens in the table ids. places: by row, where its angles begin in `rotary`.
     """
     width = embedding.shape[1]
     _begin_kernel[(len(rows),)](
-        ids, places, rotary, rows, positions, embedding, x, turns, ids.stride(0), width, turns.shape[1],
-        triton.next_power_of_2(width), num_warps=4,
+        ids, places, rotary, rows, positions, blocks, tables, embedding, x, turns, ids.stride(0),
+        0 if tables is None else tables.stride(0), width, turns.shape[1], triton.next_power_of_2(width), size,
+        blocks is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -20,22 +20,34 @@ from mqwen.engine.cuda.products import gated_product, product, rows_product
 if TYPE_CHECKING:
     from mqwen.model import MQWenLMHeadModel
 
-OVERLAP = True  # of up to FEW rows' kernels: see products.py. More rows took 2 % longer
-FEW = 16  # rows up to which products of our own beat cuBLAS
+OVERLAP = True  # of kernels between which none is cuBLAS's: see products.py
 
-# Measured on an H200 with Qwen-1.8B: outputs of a program, inputs of a step of it, warps, and steps loaded ahead.
+# Measured on an H200 with Qwen-1.8B: outputs of a program, inputs of a step of it, warps, steps loaded ahead, and
+# inputs whose weights are asked for before the kernel begins.
 ONE = {"qkv": (4, 1024, 4), "mixed": (8, 2048, 4), "gate": (2, 2048, 4), "down": (4, 2048, 8), "head": (2, 2048, 4)}
-ROWS = {
-    "qkv": (32, 128, 4, 4),
-    "mixed": (16, 256, 4, 4),
-    "gate": (32, 128, 4, 4),
-    "down": (16, 256, 2, 5),
-    "head": (64, 128, 4, 4),
+FEW = {
+    "qkv": (32, 128, 4, 4, 256),
+    "mixed": (16, 256, 2, 4, 256),
+    "gate": (32, 128, 4, 4, 256),
+    "down": (16, 256, 2, 5, 256),
+    "head": (128, 128, 8, 3, 0),
 }
-ATTENTION = {True: {"block": 64, "warps": 2, "stages": 2}, False: {"block": 32, "warps": 1, "stages": 3}}  # up to FEW
+SOME = {
+    "qkv": (32, 128, 4, 4, 0),
+    "mixed": (16, 128, 4, 6, 256),
+    "gate": (32, 64, 4, 6, 0),
+    "down": (16, 128, 4, 10, 0),
+    "head": (64, 64, 4, 6, 0),
+}
+Tiles = dict[str, tuple[int, int, int, int, int]]
 
 Attention = Callable[[Tensor, int], Tensor]
 """Given queries, keys and values (rows, 3 C) of a layer, and its number: what the rows see, (rows, C)."""
+
+
+def tiles_for(rows: int) -> Tiles | None:
+    """Of products of our own; None where cuBLAS's are faster."""
+    return FEW if rows <= 16 else SOME if 32 < rows <= 64 else None
 
 
 def splits_for(rows: int) -> int:
@@ -82,26 +94,27 @@ class Network:
         self._forbidden = model.config.image_token_id  # it would ask for a picture in the next step
         self._cache, self._tables = cache, tables
 
-    def decode(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Logits (M, V) after the tokens at `positions` of `rows`, (M,) each, int64."""
+    def decode(self, rows: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
+        """Logits (M, V) after the tokens at `positions` of `rows`, which lie in `blocks`, (M,) each, int64."""
         t = self._tables
         x, turns = self.room(len(rows))
-        self.begin(rows, positions, x, turns)
+        begin(t.ids, t.places, t.rotary, rows, positions, self._embedding, x, turns, blocks, t.blocks, t.size)
         _, heads, _, channels = self._cache[0][0].shape
         scratch = Scratch(len(rows), heads, channels, splits_for(len(rows)), x.device)
+        tiles = tiles_for(len(rows))
+        settings = {"block": 64, "warps": 2, "stages": 2} if len(rows) <= 16 else {"block": 32, "warps": 1, "stages": 3}
 
         def attention(qkv: Tensor, layer: int) -> Tensor:
             keys, values = self._cache[layer]
-            mixed, overlap = torch.empty_like(x), OVERLAP and len(x) <= FEW
+            mixed, overlap = torch.empty_like(x), OVERLAP and tiles is not None
             return attend(
-                qkv, turns, t.logn, keys, values, t.blocks, rows, positions, mixed, scratch, overlap,
-                **ATTENTION[len(x) <= FEW],
+                qkv, turns, t.logn, keys, values, t.blocks, rows, positions, mixed, scratch, overlap, **settings,
             )  # fmt: skip
 
         if len(rows) == 1:
             return self._allowed(self._one(x, attention))
-        if len(rows) <= FEW:
-            return self._allowed(self._few(x, attention))
+        if tiles is not None:
+            return self._allowed(self._few(x, attention, tiles))
         return self._logits(self._many(x, attention))
 
     def room(self, tokens: int) -> tuple[Tensor, Tensor]:
@@ -153,11 +166,12 @@ class Network:
         logits = x.new_empty(1, len(self._head))
         return product(x, self._head, logits, gain=self._norm, eps=self._eps, **tile("head"))
 
-    def _few(self, x: Tensor, attention: Attention) -> Tensor:
+    def _few(self, x: Tensor, attention: Attention, tiles: Tiles) -> Tensor:
         rows = len(x)
 
         def tile(name: str) -> dict[str, Any]:
-            return dict(zip(("block_n", "block_k", "warps", "stages"), ROWS[name], strict=True), overlap=OVERLAP)
+            names = "block_n", "block_k", "warps", "stages", "ahead"
+            return dict(zip(names, tiles[name], strict=True), overlap=OVERLAP)
 
         for place, layer in enumerate(self._layers):
             normed = add_norm(x, None, layer.norm_1, torch.empty_like(x), self._eps, OVERLAP)
@@ -178,9 +192,9 @@ class Network:
             mixed = attention(F.linear(normed, layer.qkv, layer.bias), place)
             if last is not None and gain is self._norm:  # nothing needs more of the others than keys and values
                 mixed, x, normed = mixed[last], x[last], normed[: len(last)]
-            add_norm(F.linear(mixed, layer.mixed), x, layer.norm_2, normed, self._eps)
+            add_norm(x.addmm_(mixed, layer.mixed.t()), None, layer.norm_2, normed, self._eps)
             wide = silu_mul(F.linear(normed, layer.both), x.new_empty(len(x), len(layer.up)))
-            add_norm(F.linear(wide, layer.down), x, gain, normed, self._eps)
+            add_norm(x.addmm_(wide, layer.down.t()), None, gain, normed, self._eps)
         return normed
 
 

@@ -123,11 +123,24 @@ def gated_product(
     return out
 
 
+LINE = tl.constexpr(64)  # numbers of two bytes that the cache takes at once
+
+
+@triton.jit
+def _ask_for(pointers):
+    """Has the memory bring what they point at into the second cache, and does not wait for it."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
 @triton.jit
 def _rows_kernel(
     x, weight, gate, bias, residual, out, M, N,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < N
@@ -137,6 +150,11 @@ def _rows_kernel(
     sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
     gates = tl.zeros((ROWS, BLOCK_N), tl.float32)
     if OVERLAP:
+        if AHEAD > 0:  # weights are on their way while the kernel before still works on x
+            lines = tl.arange(0, AHEAD // LINE)[None, :] * LINE
+            _ask_for(weight + rows + lines)
+            if GATE:
+                _ask_for(gate + rows + lines)
         gdc_wait()
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         at = start + k
@@ -163,14 +181,17 @@ def _rows_kernel(
 def rows_product(
     x: Tensor, weight: Tensor, out: Tensor, gate: Tensor | None = None, bias: Tensor | None = None,
     residual: Tensor | None = None, block_n: int = 16, block_k: int = 256, warps: int = 4, stages: int = 4,
-    overlap: bool = False,
+    ahead: int = 0, overlap: bool = False,
 ) -> Tensor:  # fmt: skip
-    """out (M, N) = x (M, K) @ weight (N, K)^T, times silu(x @ gate^T), + bias + residual; for up to 64 rows."""
+    """out (M, N) = x (M, K) @ weight (N, K)^T, times silu(x @ gate^T), + bias + residual; for up to 64 rows.
+
+    ahead: with overlap, so many inputs' weights are asked for before x is there.
+    """
     rows = x.shape[0]
     outputs, width = weight.shape
     _rows_kernel[(triton.cdiv(outputs, block_n),)](
         x, weight, gate, bias, residual, out, rows, outputs, width, max(16, triton.next_power_of_2(rows)), block_n,
-        block_k, gate is not None, bias is not None, residual is not None, stages, overlap, num_warps=warps,
-        **({"launch_pdl": True} if overlap else {}),
+        block_k, gate is not None, bias is not None, residual is not None, stages, overlap,
+        ahead if ahead <= width else 0, num_warps=warps, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out

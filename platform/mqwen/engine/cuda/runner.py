@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mqwen.engine.cuda.graph import capture
-from mqwen.engine.cuda.kernels import TILE
+from mqwen.engine.cuda.kernels import TILE, receive
 from mqwen.engine.cuda.network import Network, Prompts, Tables
+from mqwen.engine.device import STEPS
 from mqwen.engine.runner import Runner
-from mqwen.engine.scheduler import Work
+from mqwen.engine.scheduler import Step, Work
 
 # A graph is captured for each of these counts of sequences; a step runs by the next larger one.
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -35,18 +38,22 @@ class Graph:
 
     def __init__(self, network: Network, count: int, nobody: int, device: torch.device, pool: Any) -> None:
         self.count = count
-        self._input = torch.empty(2, count, dtype=torch.int64, device=device)
-        self._input[0], self._input[1] = nobody, 0
+        self._input = torch.zeros(3, count, dtype=torch.int64, device=device)
+        self._input[0] = nobody
+        self._hosts = cycle(torch.empty(STEPS, 3, count, dtype=torch.int64, pin_memory=True))
         self._nobody = nobody
+        receive(next(self._hosts).copy_(self._input), self._input)  # compiles it
         self._graph, self._logits = capture(lambda: network.decode(*self._input), pool)
 
-    def __call__(self, rows_and_positions: Ints) -> tuple[Tensor, Tensor, Tensor]:
-        """(2, S), S up to `count`: logits (S, V), good until the next call, rows and positions on the device."""
-        wanted = rows_and_positions.shape[1]
-        host = torch.zeros(2, self.count, dtype=torch.int64, pin_memory=True)
-        host[0] = self._nobody
-        host[:, :wanted] = torch.from_numpy(rows_and_positions)
-        self._input.copy_(host, non_blocking=True)
+    def __call__(self, where: Ints) -> tuple[Tensor, Tensor, Tensor]:
+        """(3, S), S up to `count`, rows, positions and their blocks: logits (S, V), good until the next call, and rows
+        and positions on the device."""
+        wanted = where.shape[1]
+        host = next(self._hosts)
+        shared = host.numpy()
+        shared[:, :wanted] = where
+        shared[0, wanted:], shared[1:, wanted:] = self._nobody, 0
+        receive(host, self._input)
         self._graph.replay()
         return self._logits[:wanted], self._input[0, :wanted], self._input[1, :wanted]
 
@@ -119,8 +126,12 @@ class CudaRunner(Runner):
     def _prompt_step(self, tokens: int, pieces: int) -> PromptStep:
         return PromptStep(self._network, tokens, pieces, self._nobody, self._device)
 
+    def prepare(self, step: Step) -> None:
+        """Graphs write the new blocks of who decodes themselves."""
+        super().prepare(step if _adapted(step.works) else replace(step, grown=[]))
+
     def forward(self, works: Many[Work]) -> tuple[Tensor, Tensor, Tensor]:
-        if any(work.sequence.request.adapter for work in works):
+        if _adapted(works):
             return super().forward(works)
         singles = next((place for place, work in enumerate(works) if not self._decodes(work)), len(works))
         parts = [self._decode(works[:singles])] if singles else []
@@ -137,9 +148,10 @@ class CudaRunner(Runner):
         return one and not any(work.sequence.pictures_between(work.start, work.stop, self._width))
 
     def _decode(self, works: Many[Work]) -> tuple[Tensor, Tensor, Tensor]:
-        where = np.array([(work.sequence.row, work.start) for work in works]).T
+        size = self._cache.size
+        where = np.array([(work.sequence.row, work.start, work.sequence.blocks[work.start // size]) for work in works])
         graph = next(graph for graph in self._graphs if graph.count >= len(works))
-        logits, rows, positions = graph(where)
+        logits, rows, positions = graph(where.T)
         return logits, rows, positions + 1
 
     def _prefill(self, works: Many[Work]) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,3 +167,7 @@ class CudaRunner(Runner):
         logits = step.logits()[: samples.sum()]
         last = step.prompts.last[: samples.sum()]
         return logits, step.prompts.rows[last], step.prompts.positions[last] + 1
+
+
+def _adapted(works: Many[Work]) -> bool:
+    return any(work.sequence.request.adapter for work in works)
