@@ -142,5 +142,6 @@ def _engine(settings: ModelSettings, folder: "Path") -> "tuple[GenerationEngine,
         adapters=adapters,
         kv_cache_bytes=settings.kv_cache_bytes,
         gpu_share=min(settings.gpus, 1.0),
+        float8=settings.float8,
     )
     return Engine(model, processor, own), processor

@@ -99,13 +99,17 @@ OPTIONS: dict[str, ComputeSettings] = {
     "compiled": ComputeSettings(compile=True),
     "compiled, selective recomputation": ComputeSettings(compile=True, recompute="selective"),
 }
+ROUNDED: dict[str, ComputeSettings] = {
+    "8 bits": ComputeSettings(float8=True),
+    "8 bits, compiled, selective recomputation": ComputeSettings(compile=True, recompute="selective", float8=True),
+}
 CHUNKS = "head and loss in chunks of 64"
 AS_IT_IS = "as it is"
 ALL = [AS_IT_IS, *WITHOUT, CHUNKS, *OPTIONS]
 
 
 def trained(name: str, sizes: Sizes) -> Trained:
-    """One of ALL; a process group must be there."""
+    """One of ALL or ROUNDED; a process group must be there."""
     shape = Shape(sizes.rows, sizes.length, sizes.length // 4, "answers")
     base = recipe("sft-full")
     settings = replace(
@@ -114,7 +118,7 @@ def trained(name: str, sizes: Sizes) -> Trained:
         model=replace(base.model, precision="float32"),
         data=DataSettings(pack_length=sizes.length, packs_per_row=sizes.rows, rows_per_step=2),
         optimizer=replace(base.optimizer, learning_rate=1e-3, learning_rates={}),
-        compute=OPTIONS.get(name, ComputeSettings()),
+        compute=(OPTIONS | ROUNDED).get(name, ComputeSettings()),
     )
     torch._dynamo.reset()
     with ExitStack() as stack:

@@ -2,9 +2,10 @@
 
 First the ceilings, then the cases that `--cases` names (patterns; all where none is given), as many as begin within
 `--minutes`. Writes a dated Markdown file and the same as JSON into tests/benchmarks/results, or into `--out`.
-`--ray` then trains under Ray, fed by its stream from JPEGs in shards. `--probe` measures the alternatives for each part
-of a step instead. `--plan` compares measured memory with what jobs/plan.py estimates. `--tiny` shows on a CPU that all
-of it runs.
+`--ray` then trains under Ray, fed by its stream from JPEGs in shards. `--float8` trains in 8 bits and in bfloat16, the
+same 200 steps on rows that can be learnt; `--draw` makes the picture of what that wrote, where there is matplotlib.
+`--probe` measures the alternatives for each part of a step instead. `--plan` compares measured memory with what
+jobs/plan.py estimates. `--tiny` shows on a CPU that all of it runs.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import argparse
 import fnmatch
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mqwen.model import MQWenConfig, loss
+from mqwen.train.recipes import QWEN_7B
 from mqwen.train.settings import ComputeSettings
-from tests.benchmarks.h200 import probe, report
+from tests.benchmarks.h200 import float8, probe, report
 from tests.benchmarks.h200.cases import Case, Result, one_process, run_case, run_llava
 from tests.benchmarks.h200.measure import attempt, ceilings, machine
 from tests.benchmarks.h200.plan import print_plans
@@ -45,14 +48,18 @@ TINY = MQWenConfig(
 )
 
 
-def cases(rows: int, length: int, every: int) -> list[Case]:
-    """`rows` rows of `length` a pass, or a quarter of them four times as long, with a picture each `every` places."""
+def cases(rows: int, length: int, every: int, larger: dict[str, Any]) -> list[Case]:
+    """`rows` rows of `length` a pass, or a quarter of them four times as long, with a picture each `every` places.
+    `larger` is the configuration of the larger model."""
     short, long = Shape(rows, length, every), Shape(max(1, rows // 4), 4 * length, every)
     eager = ComputeSettings()
+    eight_bits = ComputeSettings(compile=True, float8=True)
+    answers = Shape(rows, length, every, "answers")
+    fewer = Shape(max(1, rows // 4), length, every, "answers")
     selective, full = (ComputeSettings(compile=True, recompute=what) for what in ("selective", "full"))
     return [
         Case(f"sft-full {length}", "sft-full", short),
-        Case(f"sft-full {length} answers", "sft-full", Shape(rows, length, every, "answers")),
+        Case(f"sft-full {length} answers", "sft-full", answers),
         Case(f"sft-full {4 * length}", "sft-full", long),
         Case(f"sft-full {length} text", "sft-full", Shape(rows, length, every, "text")),
         Case(f"sft-full {length} one pass", "sft-full", short, passes=1),
@@ -63,9 +70,14 @@ def cases(rows: int, length: int, every: int) -> list[Case]:
         Case(f"sft-full {4 * length} full", "sft-full", long, compute=full),
         Case(f"sft-full {length} checkpoint", "sft-full", short, saves=True),
         Case(f"sft-lora {length}", "sft-lora", short),
-        Case(f"sft-lora {length} answers", "sft-lora", Shape(rows, length, every, "answers")),
+        Case(f"sft-lora {length} answers", "sft-lora", answers),
         Case(f"align {length}", "align", short),
-        Case(f"align {length} answers", "align", Shape(rows, length, every, "answers")),
+        Case(f"align {length} answers", "align", answers),
+        Case(f"sft-full {length} float8", "sft-full", short, compute=eight_bits),
+        Case(f"sft-full {length} answers float8", "sft-full", answers, compute=eight_bits),
+        Case(f"sft-lora {length} answers float8", "sft-lora", answers, compute=eight_bits),
+        Case(f"sft-lora-7b {length} answers", "sft-lora-7b", fewer, config=larger),
+        Case(f"sft-lora-7b {length} answers float8", "sft-lora-7b", fewer, compute=eight_bits, config=larger),
     ]
 
 
@@ -99,6 +111,9 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--profile", action="store_true", help="prints the kernels of each case's last step")
     parser.add_argument("--ray", action="store_true", help="then the whole job, beside the bare loop on the same rows")
     parser.add_argument("--plan", type=Path, help="a JSON file of results: prints what memory is planned for its cases")
+    parser.add_argument("--float8", action="store_true", help="first, what is learnt in 8 bits and in bfloat16")
+    parser.add_argument("--float8-steps", type=int, default=200)
+    parser.add_argument("--draw", type=Path, help="a float8-learning.json, whose curves are drawn beside it")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--list", action="store_true", help="names the cases")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -107,7 +122,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
 
     config, rows, length, every = (TINY, 4, 64, 32) if given.tiny else (MQWenConfig(), 16, 2048, 409)
     device = torch.device("cuda" if torch.cuda.is_available() and not given.tiny else "cpu")
-    known = cases(rows, length, every)
+    known = cases(rows, length, every, {} if given.tiny else QWEN_7B)
     llava = [f"transformers {length}", f"transformers {4 * length}"]
     names = [case.name for case in known] + llava
     if given.list:
@@ -115,6 +130,9 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         return []
     if given.plan:
         print_plans(given.plan, config)
+        return []
+    if given.draw:
+        print(float8.draw(given.draw))
         return []
     torch.manual_seed(0)
     about = machine(device)
@@ -140,6 +158,15 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     wanted = list(dict.fromkeys(name for pattern in given.cases for name in fnmatch.filter(names, pattern)))
     results = list[Result]()
     with one_process(device):
+        if given.float8:
+            shape, words = (Shape(4, 64, 32, "answers"), 32) if given.tiny else (Shape(4, 2048, 512, "answers"), 256)
+            curves = attempt(
+                "8 bits beside bfloat16",
+                lambda: float8.train_both(
+                    config, shape, words, given.float8_steps, device, given.out, compiled=not given.tiny
+                ),
+            )
+            print(curves and curves.told(), flush=True)
         for name in wanted:
             if time.monotonic() - begun > 60 * given.minutes:
                 print(f"{name}: left out, the time is up", flush=True)

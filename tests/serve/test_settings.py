@@ -39,6 +39,7 @@ def test_defaults(artifact: Path) -> None:
         ({"max_replicas": "many"}, "Option max_replicas=many: .*integer"),
         ({"min_replicas": "3", "max_replicas": "2"}, "max_replicas=2 is below min_replicas=3"),
         ({"initial_replicas": "2"}, "initial_replicas=2 is not within min_replicas and max_replicas"),
+        ({"float8": "true", "engine": "vllm"}, "float8=true is for engine=mqwen: leave one of the two out"),
         ({"auth": "no"}, "Option auth=no: .*'on' or 'off'"),
         ({"cpus": "-1"}, "Option cpus=-1: .*greater than or equal to 0"),
         ({"checkpoint": "/nowhere"}, "checkpoint=/nowhere cannot be served: .*is no folder"),

@@ -73,6 +73,24 @@ from tests.train.making import fresh_model
         ({"tokens": 0}, "--tokens is 0; at least 1 is needed"),
         ({"evaluation": {"patience": 2}}, "--evaluation.patience needs --evaluation.dataset"),
         ({"evaluation": {"every": 0}}, "--evaluation.every is 0; at least 1"),
+        ({"compute": {"float8": True}}, "set --model.precision bfloat16 and --parallel.gpus-per-worker 1, or leave it"),
+        (
+            {
+                "compute": {"float8": True},
+                "model": {"precision": "bfloat16"},
+                "parallel": {"strategy": "zero2", "gpus_per_worker": 1},
+            },
+            "--compute.float8 is fsdp2's, zero2 has none: set --parallel.strategy fsdp2",
+        ),
+        (
+            {
+                "compute": {"float8": True},
+                "model": {"precision": "bfloat16"},
+                "parallel": {"gpus_per_worker": 1},
+                "data": {"pack_length": 500, "packs_per_row": 2},
+            },
+            "--data.pack-length 500 is none: take 512",
+        ),
     ],
 )
 def test_settings_that_cannot_work(settings: RunSettings, change: dict[str, Any], message: str) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from mqwen.engine.adapters import Adapters
 from mqwen.engine.blocks import BlockPool
+from mqwen.engine.float8 import to_float8
 from mqwen.engine.grammar import allowed_tokens
 from mqwen.engine.intake import Intake
 from mqwen.engine.observer import Observer
@@ -54,7 +55,7 @@ class EngineSettings:
     go in by pieces. kv_cache_bytes: of keys and values; None takes what `paged.count_blocks` finds right.
     picture_cache_bytes bounds the features kept of pictures seen before. adapters: LoRA folders by the names that
     requests give. model_name: what metrics call the model. overlap: schedule a step while the one before it runs; None
-    does so on a GPU. gpu_share: what this engine may have of its GPU's memory.
+    does so on a GPU. gpu_share: what this engine may have of its GPU's memory. float8: the blocks' weights in 8 bits.
     """
 
     model_name: str = "model"
@@ -69,6 +70,7 @@ class EngineSettings:
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     overlap: bool | None = None
     gpu_share: float = 1.0
+    float8: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,10 @@ class Engine:
         self, model: "MQWenLMHeadModel", processor: "MQWenProcessor", settings: EngineSettings | None = None
     ) -> None:
         settings = settings or EngineSettings()
-        self._weights = list(model.parameters())
         adapters = Adapters(model, settings.adapters)
+        if settings.float8:  # after adapters were read, whose dtype is the weights'
+            to_float8(model)
+        self._weights = list(model.parameters())
         max_length = settings.max_length or model.config.seq_length
         blocks = count_blocks(
             model,

@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mqwen.model import MQWenLMHeadModel
+from mqwen.train.float8 import use_float8
 from mqwen.train.settings import ComputeSettings
 
 _ATTENTION = {
@@ -18,16 +19,18 @@ _ATTENTION = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "torch_attn::_varlen_attn",
 }
-_PRODUCTS = {"aten::mm", "aten::addmm"}
+_PRODUCTS = {"aten::mm": 1, "aten::addmm": 2, "aten::_scaled_mm": 1}  # and which argument is the second matrix
 
 
 def prepare(model: MQWenLMHeadModel, settings: ComputeSettings, backend: str = "inductor") -> None:
-    """Blocks, tower and head compute the same from now on, within rounding.
+    """Blocks, tower and head compute the same from now on, within rounding; with `float8` the blocks in 8 bits.
 
     What is compiled are the modules' forward methods, in place: names and state stay, and hooks run around them.
     `backend` is torch.compile's.
     """
     blocks: list[Any] = list(model.transformer.h)
+    if settings.float8:
+        use_float8(model)
     if settings.recompute != "nothing":
         again = partial(checkpoint, use_reentrant=False)
         if settings.recompute == "selective":
@@ -53,6 +56,6 @@ def prepare(model: MQWenLMHeadModel, settings: ComputeSettings, backend: str = "
 def _kept(_: Any, operation: Any, *arguments: Any, widest: int, **named: Any) -> CheckpointPolicy:
     """Attention costs much for little memory, and so do matrix products, but those into the MLP's width."""
     name = operation.name().partition(".")[0]
-    if name in _ATTENTION or (name in _PRODUCTS and arguments[-1].shape[1] < widest):
+    if name in _ATTENTION or (name in _PRODUCTS and arguments[_PRODUCTS[name]].shape[1] < widest):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -36,7 +36,7 @@ SAVING_STEPS = 16
 
 @dataclass(frozen=True)
 class Case:
-    """`passes` forward and backward passes make a step."""
+    """`passes` forward and backward passes make a step. `config`: another model's, than the benchmark's own."""
 
     name: str
     recipe: str
@@ -44,6 +44,7 @@ class Case:
     passes: int = 4
     compute: ComputeSettings = field(default_factory=lambda: ComputeSettings(compile=True))
     saves: bool = False  # checkpoints on the way
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -111,6 +112,10 @@ class Watched:
             found[name] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
         self._marks = []
         return dict(found)
+
+
+def config_of(case: Case, usual: MQWenConfig) -> MQWenConfig:
+    return MQWenConfig(**case.config) if case.config else usual
 
 
 def settings_of(case: Case, steps: int) -> RunSettings:
@@ -207,6 +212,7 @@ def run_case(
     case: Case, config: MQWenConfig, device: torch.device, found: Ceilings, steps: int, profile: bool = False
 ) -> Result:
     """The project's loop over `steps` measured steps, after two to warm up."""
+    config = config_of(case, config)
     last = SAVING_STEPS if case.saves else WARM_STEPS + steps
     model, settings = prepared(case, settings_of(case, last), config, device)
     rows = made_rows(config, case.shape, pin=device.type == "cuda")

@@ -10,7 +10,7 @@ from pathlib import Path
 from mqwen.model import MQWenConfig
 from mqwen.train.estimate import Load, estimate
 from mqwen.train.settings import ComputeSettings
-from tests.benchmarks.h200.cases import Case, settings_of
+from tests.benchmarks.h200.cases import Case, config_of, settings_of
 from tests.benchmarks.h200.rows import Shape
 
 
@@ -28,7 +28,7 @@ def plans(results: Path, config: MQWenConfig) -> Iterator[tuple[str, float, int]
         pictures = shape.length // shape.picture_every
         answers = shape.supervised == "answers"
         load = Load(pictures, pictures if answers else 1, 0.15 if answers else 1.0)
-        yield case.name, estimate(settings, config, load).bytes, measured
+        yield case.name, estimate(settings, config_of(case, config), load).bytes, measured
 
 
 def print_plans(results: Path, config: MQWenConfig) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 from mqwen.engine.cuda.graph import capture
 from mqwen.engine.cuda.kernels import TILE, receive
 from mqwen.engine.cuda.network import Network, Prompts, Tables
+from mqwen.engine.cuda.network8 import Float8Network
 from mqwen.engine.device import STEPS
+from mqwen.engine.float8 import is_float8
 from mqwen.engine.runner import Runner
 from mqwen.engine.scheduler import Step, Work
 
@@ -115,7 +117,8 @@ class CudaRunner(Runner):
         tables = Tables(
             self.ids, self._blocks, self._rotary_places, self.rotary.angles, self.rotary.logn, self._cache.size
         )
-        self._network = Network(self._model, self._cache.layers, tables)
+        kind = Float8Network if is_float8(self._model) else Network
+        self._network = kind(self._model, self._cache.layers, tables)
         self._nobody = rows
         pool = torch.cuda.graph_pool_handle()
         self._graphs = [Graph(self._network, count, rows, self._device, pool) for count in reversed(counts_for(rows))][
