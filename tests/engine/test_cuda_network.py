@@ -96,7 +96,7 @@ def test_the_kernels_do_what_plain_torch_does(monkeypatch: pytest.MonkeyPatch) -
         rows, positions = torch.arange(count, device=device), torch.tensor(lengths, device=device)
         before = copied()
         for several, tiles in ((1, FEW), (3, FEW), (count, SOME), (count, None)):
-            monkeypatch.setattr(network, "tiles_for", lambda rows, tiles=tiles: tiles)
+            monkeypatch.setattr(kernels, "tiles_for", lambda rows, tiles=tiles: tiles)
             take_back(before)
             works = [Work(s, n, n + 1, True) for s, n in zip(sequences[:several], lengths, strict=False)]
             expected, _, _ = runner.forward(works)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from mqwen.engine import float8
 from mqwen.engine.cuda import network, products8
-from mqwen.engine.cuda.network8 import Float8Network
+from mqwen.engine.cuda.network8 import TILES, Float8Network
 from mqwen.engine.cuda.products8 import few_product, many_product
 from mqwen.engine.engine import Engine, EngineSettings
 from mqwen.engine.float8 import LAYERS, Float8Linear, is_float8, to_float8
@@ -96,15 +96,15 @@ def test_the_network(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     model, plain = models()
     x = some(rows, CONFIG.hidden_size)
     attention = lambda qkv, layer: qkv[:, : CONFIG.hidden_size].contiguous()  # noqa: E731
-    expected, reference = x.clone(), plain if network.tiles_for(rows) else model
+    expected, reference = x.clone(), plain if rows <= 16 else model
     with torch.inference_mode():
         ours = Float8Network(model, [], None)  # type: ignore[arg-type]
         for layer, block in enumerate(reference.transformer.h):
             expected = expected + block.attn.c_proj(attention(block.attn.c_attn(block.ln_1(expected)), layer))
             expected = expected + block.mlp(block.ln_2(expected))
         expected = reference.transformer.ln_f(expected)
-        if network.tiles_for(rows):
-            found = ours._one(x, attention) if rows == 1 else ours._few(x, attention, {})
+        if rows <= 16:
+            found = ours._one(x, attention) if rows == 1 else ours._few(x, attention, TILES)
             close(found, reference.lm_head(expected))
         else:
             close(ours._many(x.clone(), attention), expected)

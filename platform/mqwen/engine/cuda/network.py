@@ -39,15 +39,10 @@ SOME = {
     "down": (16, 128, 4, 10, 0),
     "head": (64, 64, 4, 6, 0),
 }
-Tiles = dict[str, tuple[int, int, int, int, int]]
+Tiles = dict[str, tuple[int, ...]]
 
 Attention = Callable[[Tensor, int], Tensor]
 """Given queries, keys and values (rows, 3 C) of a layer, and its number: what the rows see, (rows, C)."""
-
-
-def tiles_for(rows: int) -> Tiles | None:
-    """Of products of our own; None where cuBLAS's are faster."""
-    return FEW if rows <= 16 else SOME if 32 < rows <= 64 else None
 
 
 def splits_for(rows: int) -> int:
@@ -94,6 +89,10 @@ class Network:
         self._forbidden = model.config.image_token_id  # it would ask for a picture in the next step
         self._cache, self._tables = cache, tables
 
+    def tiles_for(self, rows: int) -> Tiles | None:
+        """Of products of our own; None where cuBLAS's are faster."""
+        return FEW if rows <= 16 else SOME if 32 < rows <= 64 else None
+
     def decode(self, rows: Tensor, positions: Tensor, blocks: Tensor) -> Tensor:
         """Logits (M, V) after the tokens at `positions` of `rows`, which lie in `blocks`, (M,) each, int64."""
         t = self._tables
@@ -101,7 +100,7 @@ class Network:
         begin(t.ids, t.places, t.rotary, rows, positions, self._embedding, x, turns, blocks, t.blocks, t.size)
         _, heads, _, channels = self._cache[0][0].shape
         scratch = Scratch(len(rows), heads, channels, splits_for(len(rows)), x.device)
-        tiles = tiles_for(len(rows))
+        tiles = self.tiles_for(len(rows))
         settings = {"block": 64, "warps": 2, "stages": 2} if len(rows) <= 16 else {"block": 32, "warps": 1, "stages": 3}
 
         def attention(qkv: Tensor, layer: int) -> Tensor:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mqwen.model import MQWenLMHeadModel
 
 # Outputs of a program, inputs of a step of it, warps, and steps loaded ahead.
-TILES = {"qkv": (32, 256, 4, 4), "mixed": (16, 512, 4, 4), "gate": (32, 256, 4, 4), "down": (16, 512, 4, 4)}
+TILES: Tiles = {"qkv": (32, 256, 4, 4), "mixed": (16, 512, 4, 4), "gate": (32, 256, 4, 4), "down": (16, 512, 4, 4)}
 
 
 class Layer:
@@ -35,21 +35,23 @@ class Layer:
 
 
 class Float8Network(Network):
-    """Where `network.tiles_for` has products of its own the rows multiply as they are, elsewhere in 8 bits too."""
+    """Few rows multiply as they are, more of them in 8 bits."""
 
     def __init__(self, model: MQWenLMHeadModel, cache: list[tuple[Tensor, Tensor]], tables: Tables) -> None:
         super().__init__(model, cache, tables)
         self._layers: Any = [Layer(block) for block in model.transformer.h]
 
     def _one(self, x: Tensor, attention: Attention) -> Tensor:
-        return self._few(x, attention, {})
+        return self._few(x, attention, TILES)
+
+    def tiles_for(self, rows: int) -> Tiles | None:
+        return TILES if rows <= 16 else None
 
     def _few(self, x: Tensor, attention: Attention, tiles: Tiles) -> Tensor:
-        """tiles: of 16-bit weights; those of 8 bits are TILES."""
         rows, overlap = len(x), network.OVERLAP
 
         def tile(name: str) -> dict[str, Any]:
-            return dict(zip(("block_n", "block_k", "warps", "stages"), TILES[name], strict=True), overlap=overlap)
+            return dict(zip(("block_n", "block_k", "warps", "stages"), tiles[name], strict=True), overlap=overlap)
 
         normed = torch.empty_like(x)
         for place, layer in enumerate(self._layers):

@@ -63,7 +63,7 @@ def few_product(
     residual: Tensor | None = None, block_n: int = 16, block_k: int = 256, warps: int = 4, stages: int = 4,
     overlap: bool = False,
 ) -> Tensor:  # fmt: skip
-    """out (M, N) = x (M, K) @ weight^T, times silu(x @ gate^T), + bias + residual; for up to 64 rows."""
+    """out (M, N) = x (M, K) @ weight^T, times silu(x @ gate^T), + bias + residual; for up to 16 rows."""
     rows = x.shape[0]
     outputs, width = weight[0].shape
     gates, gate_scale = gate or (None, None)
