@@ -8,7 +8,7 @@ Shapes: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def to_float8(model: MQWenLMHeadModel) -> None:
     """In place; it takes back no step. Raises ValueError where the model's sizes do not allow it."""
     for block in model.transformer.h:
         for name in LAYERS:
-            linear = block.get_submodule(name)
+            linear: Any = block.get_submodule(name)
             if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
                 raise ValueError(
                     f"weights in 8 bits want layers of multiples of {MULTIPLE} channels; {name} has "
@@ -59,4 +59,5 @@ def to_float8(model: MQWenLMHeadModel) -> None:
 
 
 def is_float8(model: MQWenLMHeadModel) -> bool:
-    return isinstance(model.transformer.h[0].attn.c_attn, Float8Linear)
+    first: Any = model.transformer.h[0]
+    return isinstance(first.attn.c_attn, Float8Linear)

@@ -85,8 +85,8 @@ def use_float8(model: MQWenLMHeadModel) -> None:
         )
     for block in model.transformer.h:
         for name in LAYERS:
-            linear = block.get_submodule(name)
-            linear = getattr(linear, "base_layer", linear)  # under an adapter
+            found: Any = block.get_submodule(name)
+            linear = getattr(found, "base_layer", found)  # under an adapter
             if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
                 raise SettingsError(
                     f"--compute.float8 wants layers of multiples of {MULTIPLE} channels; {name} has "

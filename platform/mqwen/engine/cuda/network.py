@@ -22,24 +22,25 @@ if TYPE_CHECKING:
 
 OVERLAP = True  # of kernels between which none is cuBLAS's: see products.py
 
+Tiles = dict[str, tuple[int, ...]]
+
 # Measured on an H200 with Qwen-1.8B: outputs of a program, inputs of a step of it, warps, steps loaded ahead, and
 # inputs whose weights are asked for before the kernel begins.
 ONE = {"qkv": (4, 1024, 4), "mixed": (8, 2048, 4), "gate": (2, 2048, 4), "down": (4, 2048, 8), "head": (2, 2048, 4)}
-FEW = {
+FEW: Tiles = {
     "qkv": (32, 128, 4, 4, 256),
     "mixed": (16, 256, 2, 4, 256),
     "gate": (32, 128, 4, 4, 256),
     "down": (16, 256, 2, 5, 256),
     "head": (128, 128, 8, 3, 0),
 }
-SOME = {
+SOME: Tiles = {
     "qkv": (32, 128, 4, 4, 0),
     "mixed": (16, 128, 4, 6, 256),
     "gate": (32, 64, 4, 6, 0),
     "down": (16, 128, 4, 10, 0),
     "head": (64, 64, 4, 6, 0),
 }
-Tiles = dict[str, tuple[int, ...]]
 
 Attention = Callable[[Tensor, int], Tensor]
 """Given queries, keys and values (rows, 3 C) of a layer, and its number: what the rows see, (rows, C)."""
