@@ -89,23 +89,24 @@ def _ask(ranks: int, first: bool) -> None:
     _wanted().touch()
     me = ray.get_runtime_context()
     here, mine = me.get_node_id(), me.get_runtime_env_string()
-    wanted = Counter({(here, mine): ranks + first, (here, _for_reading(mine)): WINDOWS * ranks + first})
+    # In the order in which a group needs them: the next one may be lost before all are there.
+    wanted = Counter({(here, mine): ranks + first})
     if first:
-        wanted += _actors()
+        wanted.update(_actors())
+    wanted[here, _for_reading(mine)] += WINDOWS * ranks + first
     nodes = {node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in ray.nodes()}
-    most = os.cpu_count() or 1
-    for (node, runtime_env), count in wanted.items():
+    for number, (node, runtime_env) in enumerate(wanted.elements()):
+        if number and number % (os.cpu_count() or 1) == 0:
+            time.sleep(PAUSE)
         request = PrestartWorkersRequest(
             language=PYTHON,
             job_id=ray.JobID.from_hex(me.get_job_id()).binary(),
+            num_workers=1,
             runtime_env_info=RuntimeEnvInfo(serialized_runtime_env=runtime_env),
             keep_alive_duration_secs=KEPT,
         )
-        with init_grpc_channel(nodes[node]) as channel, suppress(grpc.RpcError):  # without them it only takes longer
-            for left in range(count, 0, -most):
-                request.num_workers = min(left, most)
-                NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER)
-                time.sleep(PAUSE)
+        with init_grpc_channel(nodes[node]) as channel, suppress(grpc.RpcError):  # without one it only takes longer
+            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER)
 
 
 def _for_reading(runtime_env: str) -> str:
