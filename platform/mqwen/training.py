@@ -10,17 +10,15 @@ from mqwen.data.dataset import open_dataset
 from mqwen.data.heldout import HeldOut
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.reader import WindowReader
-from mqwen.data.stream import LEASE, READER, READER_IMPORTS, Stream
+from mqwen.data.stream import LEASE, READER, Stream
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, MissingFileError, local_folder, locate, readable
 from mqwen.train.build import outline, starting_point
 from mqwen.train.cost import cost_of
 from mqwen.train.loop import Place, Progress
 from mqwen.train.records import read_metrics
-from mqwen.train.report import write_report
 from mqwen.train.run import SETTINGS, open_run, train_run
 from mqwen.train.settings import DataSettings, RunSettings, SettingsError
-from mqwen.train.spares import Kind
 from mqwen.train.worker import Feed
 
 UNBOUNDED_ROWS = 2**31  # where the budget does not say how many it can want
@@ -84,14 +82,15 @@ def run_training(settings: RunSettings) -> None:
         rows=lambda part, progress: stream.read(part, position(progress), settings.data.max_bad),
         blank=stream.blank(),
         held_out=held_out.share if held_out else None,
-        imports=(Stream.__module__,),
         environment=LEASE,
-        readers=Kind(READER_IMPORTS, READER),
+        readers=READER,
     )
     cpus = settings.parallel.workers * settings.parallel.cpus_per_worker + 2
     with open_run(settings, config, processor) as run:
         with cluster(cpus):
             train_run(settings, run, config, feed, cost)
+        from mqwen.train.report import write_report  # brings matplotlib, for which no worker need wait
+
         print(f"run {run}: {write_report(run)}")
 
 

@@ -9,11 +9,13 @@ time is taken until the group works again.
 
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +54,16 @@ class Restart:
     rounds: int = 3
 
 
+def training_workers() -> list[psutil.Process]:
+    """Those of the cluster that this process has started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def kill_to_next_step(command: list[str], environment: dict[str, str], first: str, at_work: float = 0.0) -> float:
     """Seconds. The kill comes with the first line that `first` finds after `at_work` seconds of work, the end with the
     next line that shows a step."""
@@ -73,7 +85,7 @@ def kill_to_next_step(command: list[str], environment: dict[str, str], first: st
             if began is None and re.search(r"step \d+/", line):
                 began = time.monotonic()
             if killed is None and began and time.monotonic() - began > at_work and re.search(first, line):
-                workers = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline())]
+                workers = training_workers()
                 before = {worker.pid for worker in workers}
                 workers[-1].kill()
                 killed = time.monotonic()
@@ -82,9 +94,17 @@ def kill_to_next_step(command: list[str], environment: dict[str, str], first: st
                 if pid and int(pid[1]) not in before:
                     return time.monotonic() - killed
     finally:
-        process.terminate()
-        process.wait()
+        # As Ctrl-C does, on which Ray Train gives back what it had reserved. A killed driver's stays reserved for three
+        # minutes, and of this small cluster nothing would be left for the next round's reading.
+        process.send_signal(signal.SIGINT)
+        process.communicate()
     raise RuntimeError(f"{command} ended without a step after the kill:\n{said[-3000:]}")
+
+
+def empty_kill_to_next_step(folder: str, environment: dict[str, str]) -> float:
+    """Seconds that an empty torch worker group takes."""
+    command = [sys.executable, "-c", EMPTY.replace("FOLDER", folder)]
+    return kill_to_next_step(command, environment, r"step 20/")
 
 
 def main() -> None:
@@ -100,9 +120,11 @@ def main() -> None:
             words += ["--tokenizer", folder, "--name", f"run-{number}", "--log-every", "1", "--checkpoint.every", "10"]
             training = [sys.executable, "jobs/pretrain.py", *words]
             found["training"].append(kill_to_next_step(training, environment, r"step \d+: checkpoint", 60))
-            empty = [sys.executable, "-c", EMPTY.replace("FOLDER", f"{folder}/empty-{number}")]
-            found["empty"].append(kill_to_next_step(empty, environment, r"step 20/"))
-            print(f"round {number + 1}: " + ", ".join(f"{what} {times[-1]:.1f} s" for what, times in found.items()))
+            found["empty"].append(empty_kill_to_next_step(f"{folder}/empty-{number}", environment))
+            print(
+                f"round {number + 1}: " + ", ".join(f"{what} {times[-1]:.1f} s" for what, times in found.items()),
+                flush=True,
+            )
     medians = {what: statistics.median(times) for what, times in found.items()}
     rows = [f"| {what} | {', '.join(f'{one:.1f}' for one in found[what])} | {medians[what]:.1f} |" for what in found]
     table = "| workers | seconds from kill to next step | median |\n|---|---|---|\n" + "\n".join(rows)

@@ -57,7 +57,7 @@ def metrics(place: Place, name: str) -> list[dict[str, Any]]:
 def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
     """Each step trained on the same samples, to the same loss."""
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))
-    for name in ("tokens", "positions", "images"):
+    for name in ("place", "tokens", "positions", "images"):
         assert [record[name] for record in found] == [record[name] for record in expected]
     expected_losses = [record["loss"] for record in expected]
     assert [record["loss"] for record in found] == pytest.approx(expected_losses, rel=tolerance)

@@ -186,8 +186,9 @@ def test_without_a_shared_folder_nothing_is_committed(ranks: Ranks, settings: Ru
         assert "--runs must be a folder that all nodes share, or s3://" in said
 
 
-def save_until_killed(folder: Path, settings: RunSettings, begun: Connection) -> None:
+def save_until_killed(folder: Path, settings: RunSettings, endpoint: str, begun: Connection) -> None:
     """Checkpoints whose weights are all their step's number, one after the other."""
+    os.environ.update(KEYS, AWS_ENDPOINT_URL=endpoint)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
     strategy, run = fresh_strategy(settings), locate(settings.runs) / settings.name
@@ -215,11 +216,17 @@ def test_a_half_checkpoint_is_never_found(
         folder = tmp_path / f"trial-{number}"
         folder.mkdir()
         mine, others = context.Pipe()
-        process = context.Process(target=save_until_killed, args=(folder, settings, others))
+        process = context.Process(target=save_until_killed, args=(folder, settings, s3.url, others))
         process.start()
-        for _ in range(1 + number % 3):
+        for _ in range(2 + number % 3):  # when the second one is begun the first is there
+            assert mine.poll(LONG)
             step = mine.recv()
-        time.sleep(moments.uniform(0, 0.2))
+        if storage == "s3":
+            due = s3.requests + moments.randrange(20)  # about as many as a checkpoint takes
+            while s3.requests < due:
+                time.sleep(0.001)
+        else:
+            time.sleep(moments.uniform(0, 0.2))
         process.kill()
         process.join()
         found = [int(one.name.removeprefix("step-")) for one in checkpoint.committed(run)]

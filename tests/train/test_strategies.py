@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from mqwen.train import checkpoint
-from mqwen.train.loop import LOSS_ONLY, Progress
+from mqwen.train.loop import LOSS_ONLY, Evaluation, Progress
 from mqwen.train.saver import Saver
-from mqwen.train.settings import ParallelSettings, RunSettings
+from mqwen.train.settings import EvaluationSettings, ParallelSettings, RunSettings
 from tests.train.conftest import Pair, Ranks
-from tests.train.making import fresh_strategy, other_seed, rows_from, train_ranks
+from tests.train.making import fresh_strategy, held_out_rows, other_seed, rows_from, train_ranks
 from tests.train.test_checkpoint import assert_same, flat, load_latest, run_of
 from tests.train.test_loop import GOLDEN, ROWS, fifty_steps, plain_loop, run_many
 
@@ -122,6 +122,46 @@ def test_a_run_changes_its_strategy_at_every_checkpoint(ranks: Ranks, pair: Pair
             assert found[name] == value == 10
         elif isinstance(value, torch.Tensor):
             torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
+
+
+def train_to_held_out_loss(rank: int, workers: int, settings: RunSettings, rows: int) -> float:
+    """Trains, with a checkpoint at the end, and gives the loss after it."""
+    strategy, found = fresh_strategy(settings), list[Evaluation]()
+    saver = Saver(run_of(settings), settings)
+
+    def save(progress: Progress) -> None:
+        saver.save(strategy.state(), progress)
+
+    train_ranks(settings, strategy, Progress(), rank, workers, save, rows, found.append)
+    saver.wait()
+    return found[-1].loss
+
+
+def hand_on(rank: int, workers: int, settings: RunSettings) -> float:
+    """The held-out loss of the newest checkpoint, which is written again as the next step's."""
+    strategy = fresh_strategy(other_seed(settings))
+    progress = load_latest(settings, strategy)
+    rows = list(held_out_rows(settings).share(0, 1))
+    strategy.model.eval()
+    with torch.no_grad():
+        losses = [strategy.model(**row.inputs, num_items_in_batch=1, **LOSS_ONLY).loss.item() for row in rows]
+    saver = Saver(run_of(settings), settings)
+    saver.save(strategy.state(), replace(progress, step=progress.step + 1))
+    saver.wait()
+    return sum(losses) / sum(row.supervised for row in rows)
+
+
+def test_the_held_out_loss_goes_from_strategy_to_strategy(pair: Pair, settings: RunSettings) -> None:
+    settings = replace(settings, evaluation=EvaluationSettings(settings.data.dataset))
+    trained = pair.run(train_to_held_out_loss, with_parallel(settings, strategy="fsdp2"), 10)[0]
+    found = [pair.run(hand_on, with_parallel(settings, strategy=strategy))[0] for strategy in ("zero2", "fsdp2")]
+    assert found == pytest.approx([trained] * 2, rel=1e-5)
+    saved = checkpoint.committed(run_of(settings))
+    assert [checkpoint.read_commit(one).settings["parallel"]["strategy"] for one in saved] == [
+        "fsdp2",
+        "zero2",
+        "fsdp2",
+    ]
 
 
 def refuse_steps(

@@ -39,7 +39,6 @@ READER = {"MQWEN_ROLE": "reader"}
 # What the process that begins the reading must have in its environment, or else Ray Data would keep the share of the
 # cluster that a killed run was reading with for three minutes, and other runs would get leftovers.
 LEASE = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "5", "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "1"}
-READER_IMPORTS = (WindowReader.__module__, Windows.__module__, Pace.__module__)
 
 
 @dataclass(frozen=True)

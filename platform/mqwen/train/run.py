@@ -121,7 +121,7 @@ def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: F
     gpus = parallel.gpus_per_worker
     source = readable(settings.model.init_from) if settings.model.init_from else None
     productive = checkpoint.progress(run).seconds
-    variables = spares.environment((work.__module__, *feed.imports), feed.readers) if parallel.spares else {}
+    variables = spares.environment(feed.readers) if parallel.spares else {}
     trainer = TorchTrainer(
         work,
         train_loop_config={"task": Task(settings, run, config, source, feed, cost, time.time(), productive)},

@@ -30,7 +30,6 @@ from mqwen.train.profile import StepProfiler
 from mqwen.train.records import read_metrics
 from mqwen.train.saver import Saver
 from mqwen.train.settings import RunSettings
-from mqwen.train.spares import Kind
 from mqwen.train.strategy import make_strategy
 from mqwen.train.watchdog import Watchdog
 
@@ -46,17 +45,16 @@ Rows = Callable[[Any, Progress], Iterator[Batch]]
 class Feed:
     """Where every worker finds its rows.
 
-    `held_out` are those of a rank of so many, from the beginning; None is none. `imports` are modules that reading
-    needs on a worker, `environment` variables that it needs there, `readers` the processes of its tasks.
+    `held_out` are those of a rank of so many, from the beginning; None is none. `environment` are variables that
+    reading needs on a worker, `readers` those that its tasks' processes have beside.
     """
 
     split: Split
     rows: Rows
     blank: Batch
     held_out: Callable[[int, int], Iterator[Batch]] | None = None
-    imports: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
-    readers: Kind = field(default_factory=Kind)
+    readers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
