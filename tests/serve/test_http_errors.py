@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -328,6 +329,19 @@ def test_the_openapi_document_describes_the_chat_route(post: Callable[..., httpx
     content = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]
     assert content["application/json"]["schema"] == {"$ref": "#/components/schemas/ChatCompletionRequest"}
     assert document["components"]["schemas"]["ImageURL"]["properties"]["url"]["type"] == "string"
+
+
+def test_the_page_of_the_api_wants_no_key(post: Callable[..., httpx.Response]) -> None:
+    response = post(b"", "/docs", "GET", headers={"Authorization": None})
+    assert response.status_code == 200
+    assert "/openapi.json" in response.text
+
+
+@pytest.mark.parametrize("given", ["<script>", "a" * 65, "../x", "a b", "ü"])
+def test_an_odd_request_id_is_not_taken(post: Callable[..., httpx.Response], given: str) -> None:
+    headers = {"x-request-id": given.encode("latin-1")}
+    made = post(json.dumps(body()).encode(), headers=headers).json()["id"]
+    assert re.fullmatch("chatcmpl-[0-9a-f]{32}", made)
 
 
 def test_what_fails_inside_is_told_without_a_trace(
