@@ -180,16 +180,20 @@ def kill(artifact: Path, folder: Path, minutes: float) -> Table:
 
 
 def upgrade(artifact: Path, folder: Path, minutes: float) -> Table:
+    """`serve deploy` of a changed config: two replicas one after the other, and an only one beside the one before."""
     table = Table()
-    options = {"min_replicas": 2, "max_replicas": 2, "cpus": 0.25, "checkpoint": str(artifact), "ingress_replicas": 2}
+    cases = {
+        "two replicas": {"min_replicas": 2, "max_replicas": 2},
+        "an only replica": {"max_surge_percent": 100},
+    }
 
-    async def main(service: Service, driver: Executor) -> None:
+    async def main(name: str, arguments: dict[str, Any], service: Service, driver: Executor) -> None:
         client = ServeSubmissionClient(await call(driver, dashboard))
-        every = ("main", "ModelReplica", "Ingress")
+        every = ("main", "ModelReplica", "Ingress", "KeyLimits")
         before = {one["replica_id"] for one in await call(driver, replicas, *every)}
         async with loaded(service.url, 8) as work:
             await asyncio.sleep(5)
-            changed = service.config | {"applications": [application("main", "/", **options, max_answer=200)]}
+            changed = service.config | {"applications": [application("main", "/", **arguments, max_answer=200)]}
             await asyncio.to_thread(client.deploy_applications, changed)
             seconds = await until(
                 driver,
@@ -201,15 +205,19 @@ def upgrade(artifact: Path, folder: Path, minutes: float) -> Table:
             )
             await asyncio.sleep(3)
         outcomes = work.result()
-        table.add("seconds", "both replicas and both ingresses replaced after, s", round(seconds, 1))
-        table.add("answered", "requests answered meanwhile, 8 clients", outcomes.statuses[200])
-        table.add("failed", "requests failed", outcomes.failed)
-        table.add("longest", "longest answer, s", round(max(outcomes.seconds), 1))
+        table.add(f"{name}_seconds", f"{name}: all replaced, ingress too, after, s", round(seconds, 1))
+        table.add(f"{name}_answered", f"{name}: requests answered meanwhile, 8 clients", outcomes.statuses[200])
+        table.add(f"{name}_failed", f"{name}: requests failed", outcomes.failed)
+        table.add(f"{name}_codes", f"{name}: errors by code", dict(outcomes.codes))
+        table.add(f"{name}_longest", f"{name}: longest answer, s", round(max(outcomes.seconds), 1))
 
     # What is deployed later is imported by the cluster's own processes, not by `serve run`.
     path = {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
-    with running(folder / "log", application("main", "/", **options), **path) as service, driving(service) as driver:
-        asyncio.run(main(service, driver))
+    for name, options in cases.items():
+        arguments = {"cpus": 0.25, "checkpoint": str(artifact), "key_concurrency": 100} | options
+        application_before = application("main", "/", **arguments)
+        with running(folder / "log", application_before, **path) as service, driving(service) as driver:
+            asyncio.run(main(name, arguments, service, driver))
     return table
 
 
@@ -257,7 +265,7 @@ def scale(artifact: Path, folder: Path, minutes: float) -> Table:
 
     for name, options in cases.items():
         arguments = application("main", "/", checkpoint=str(artifact), **shared, **options)
-        with running(folder / f"log-{name}", arguments) as service, driving(service) as driver:
+        with running(folder / "log", arguments) as service, driving(service) as driver:
             asyncio.run(main(name, service, driver))
     plot(seen, folder / "service-scale.png")
     return table
