@@ -123,7 +123,6 @@ def test_an_address_that_does_not_answer_is_followed_by_the_next(host: Host) -> 
 REFUSED = {
     "another host": ("https://another.test:{port}/picture", "its host is not one"),
     "another port": ("https://pictures.test:1/picture", "its host is not one"),
-    "no https": ("http://pictures.test:{port}/picture", "only https"),
     "a user": ("https://pictures.test@another.test:{port}/picture", "user's name"),
     "a user that looks like the host": ("https://pictures.test:{port}@127.0.0.1/", "user's name"),
     "a backslash": ("https://pictures.test:{port}\\@127.0.0.1/", "user's name|could not be reached"),
