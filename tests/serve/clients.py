@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 
 from tests.engine.tiny import picture
+from tests.serve.pictures import data_url, png_header
 from tests.serve.running import KEY
-from tests.serve.test_http_errors import data_url, png_header
 
 PATH = "/v1/chat/completions"
 

@@ -25,7 +25,7 @@ from serve.settings import ModelSettings
 from tests.engine.test_requests import save_adapter
 from tests.engine.tiny import generate_alone, picture
 from tests.serve.conftest import LocalBackend
-from tests.serve.test_http_errors import data_url
+from tests.serve.pictures import data_url
 
 POLICY = Policy(key_hashes=None, max_body_bytes=1 << 20, max_pictures=4)
 PARTS = [

@@ -17,8 +17,8 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from serve.page import picture_part
 from tests.engine.tiny import picture
+from tests.serve.pictures import data_url
 from tests.serve.running import KEY, ROOT, Service, application, driving, free_port, running, stats
-from tests.serve.test_http_errors import data_url
 
 pytestmark = pytest.mark.soak
 SHOTS = ROOT / "out" / "page"

@@ -1,7 +1,6 @@
 """The whole application on Ray Serve, asked by the official client: answers, streams, keys, aborts, back-pressure."""
 
 import asyncio
-import base64
 import json
 import math
 import signal
@@ -26,6 +25,7 @@ from tests.engine.tiny import build_artifact, generate_alone, picture
 from tests.scraping import Scrape, declared, discovered, scrape_until
 from tests.serve.collecting import Collector, collecting
 from tests.serve.hosting import Host, hosting
+from tests.serve.pictures import data_url
 from tests.serve.running import KEY, Service, application, driving, running, stats
 
 
@@ -120,7 +120,7 @@ def expected(artifact: Path) -> Answer:
 
 
 def image_part(content: bytes) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(content).decode()}"}}
+    return {"type": "image_url", "image_url": {"url": data_url(content)}}
 
 
 def asked(number: int) -> list[dict[str, Any]]:
