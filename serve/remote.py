@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import httpcore
+import httpx
 
 from serve.errors import ApiError
 
@@ -51,8 +52,13 @@ class RemotePictures:
         self._hosts = {host if ":" in host else f"{host}:443" for host in map(str.lower, hosts)}
         self._max_bytes, self._seconds = max_bytes, seconds
         self._pool = httpcore.AsyncConnectionPool(
-            network_backend=_CheckedBackend(networks), max_connections=32, keepalive_expiry=5
+            ssl_context=httpx.create_ssl_context(),
+            network_backend=_CheckedBackend(networks),
+            max_connections=32,
+            keepalive_expiry=5,
         )
+        # The pool's own limit, and it ends first: a handshake that is merely cancelled leaves its socket open.
+        self._extensions = {"timeout": {"connect": seconds / 2}}
 
     async def fetch(self, url: str) -> bytes:
         """Raises FetchError."""
@@ -76,7 +82,8 @@ class RemotePictures:
         host, port, target = self._checked(url)
         address = httpcore.URL(scheme=b"https", host=host.encode(), port=port, target=target)
         name = host if port == 443 else f"{host}:{port}"
-        async with self._pool.stream("GET", address, headers=[(b"Host", name.encode()), *HEADERS]) as response:
+        headers = [(b"Host", name.encode()), *HEADERS]
+        async with self._pool.stream("GET", address, headers=headers, extensions=self._extensions) as response:
             if response.status in (301, 302, 303, 307, 308):
                 return b"", next(value for name, value in response.headers if name.lower() == b"location").decode()
             if response.status != 200:

@@ -23,7 +23,8 @@ class Host(ThreadingHTTPServer):
         self.certificate, self.key = certificate, key
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
-        self.socket = context.wrap_socket(self.socket, server_side=True)
+        # Each handshake in its request's own thread: a client that has gone before it holds up no one else.
+        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
 
 class Handler(BaseHTTPRequestHandler):

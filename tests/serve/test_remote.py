@@ -205,3 +205,23 @@ def test_a_host_that_does_not_answer(host: Host, monkeypatch: pytest.MonkeyPatch
     remote = RemotePictures([url.removeprefix("https://")], LOOPBACK, max_bytes=LIMIT, seconds=0.5)
     with pytest.raises(FetchError, match=r"did not send the picture in 0\.5 seconds"):
         asyncio.run(remote.fetch(f"{url}/silent"))
+
+
+def test_a_host_that_shakes_no_hands_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", Names(pictures_test=[["127.0.0.1"]]))
+
+    async def main(silent: socket.socket) -> None:
+        host = f"pictures.test:{silent.getsockname()[1]}"
+        remote = RemotePictures([host], LOOPBACK, max_bytes=LIMIT, seconds=1)
+        with pytest.raises(FetchError, match="could not be reached"):
+            await remote.fetch(f"https://{host}/picture")
+        connection, _ = silent.accept()
+        with connection:
+            connection.settimeout(5)
+            while await asyncio.to_thread(connection.recv, 4096):  # its first words, and then the end
+                pass
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        asyncio.run(main(silent))
