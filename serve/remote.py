@@ -9,13 +9,14 @@ import asyncio
 import ipaddress
 import re
 import socket
+import ssl
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+import certifi
 import httpcore
-import httpx
 
 from serve.errors import ApiError
 
@@ -51,8 +52,10 @@ class RemotePictures:
     ) -> None:
         self._hosts = {host if ":" in host else f"{host}:443" for host in map(str.lower, hosts)}
         self._max_bytes, self._seconds = max_bytes, seconds
+        trusted = ssl.create_default_context()
+        trusted.load_verify_locations(certifi.where())
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(),
+            ssl_context=trusted,
             network_backend=_CheckedBackend(networks),
             max_connections=32,
             keepalive_expiry=5,
