@@ -38,7 +38,7 @@ def service(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     page = {"name": "page", "import_path": "serve.page:build", "route_prefix": "/chat"}
     page["args"] = {"model": "tiny", "api": f"http://127.0.0.1:{port}/v1"}
     log = tmp_path_factory.mktemp("page") / "log"
-    models = application("main", "/", checkpoint=str(artifact), cpus=0.25, max_answer=150)  # two turns have room
+    models = application("main", "/", checkpoint=str(artifact), cpus=0.25, max_answer=200)  # two turns have room
     with running(log, models, page, http={"port": port}) as service:
         deadline = time.monotonic() + 120
         while httpx.get(f"{service.url}/chat/").status_code != 200:
