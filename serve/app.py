@@ -30,10 +30,12 @@ def build(arguments: dict[str, Any]) -> Application:
         one.model: (_replicas(one, number, settings.max_seconds), tuple(one.adapters))
         for number, one in enumerate(settings.models())
     }
-    # The ingress waits more than it computes: a fraction of a core, and no limit of its own before the replicas'.
+    # The ingress waits more than it computes: a fraction of a core, room for another beside it in an upgrade, and no
+    # limit of its own before the replicas'.
     ingress = serve.deployment(
         Ingress,
         num_replicas=settings.ingress_replicas,
+        max_surge_percent=100,
         ray_actor_options=_actor(num_cpus=0.1),
         max_ongoing_requests=1024,
         graceful_shutdown_timeout_s=settings.max_seconds,
@@ -75,6 +77,7 @@ def _replicas(model: ModelSettings, number: int, drain: float) -> Application:
         max_queued_requests=model.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         request_router_config=RequestRouterConfig(request_router_class=ROUTERS[model.routing]),
+        max_surge_percent=model.max_surge_percent,
         graceful_shutdown_timeout_s=drain,
         logging_config=LOGS,
     )
@@ -97,6 +100,11 @@ def _limits(settings: Settings) -> Application | None:
     if limits.requests_per_minute is None and limits.concurrency is None:
         return None
     deployment = serve.deployment(
-        KeyLimits, num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000, logging_config=LOGS
+        KeyLimits,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=10_000,
+        max_surge_percent=100,
+        logging_config=LOGS,
     )
     return deployment.bind(limits)

@@ -28,7 +28,7 @@ from serve.reply import Reply, sse
 from serve.schema import ChatCompletionRequest, TokenizeRequest
 from serve.task import ChatTask, Chunk, TokenizeTask
 
-REQUEST_ID = re.compile(r"[\w.-]{1,64}")
+REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Refusal:
 
 
 class KeyLimits:
-    """A deployment of one replica. What an ingress that died had let in ends with its lease."""
+    """A deployment of one replica. What an ingress that died had let in ends with its lease; an upgrade counts anew."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits, self._clock = limits, clock

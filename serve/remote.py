@@ -9,10 +9,13 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import ssl
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+import certifi
 import httpcore
 
 from serve.errors import ApiError
@@ -21,7 +24,6 @@ REDIRECTS = 3
 NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Resolver = Callable[[str, int], Awaitable[list[str]]]
 HEADERS = [(b"User-Agent", b"mqwen"), (b"Accept", b"image/*"), (b"Accept-Encoding", b"identity")]
 
 
@@ -47,13 +49,19 @@ class RemotePictures:
         *,
         max_bytes: int,
         seconds: float = 10,
-        resolver: Resolver = resolve,
     ) -> None:
         self._hosts = {host if ":" in host else f"{host}:443" for host in map(str.lower, hosts)}
         self._max_bytes, self._seconds = max_bytes, seconds
+        trusted = ssl.create_default_context()
+        trusted.load_verify_locations(certifi.where())
         self._pool = httpcore.AsyncConnectionPool(
-            network_backend=_CheckedBackend(networks, resolver), max_connections=32, keepalive_expiry=5
+            ssl_context=trusted,
+            network_backend=_CheckedBackend(networks),
+            max_connections=32,
+            keepalive_expiry=5,
         )
+        # The pool's own limit, and it ends first: a handshake that is merely cancelled leaves its socket open.
+        self._extensions = {"timeout": {"connect": seconds / 2}}
 
     async def fetch(self, url: str) -> bytes:
         """Raises FetchError."""
@@ -77,7 +85,8 @@ class RemotePictures:
         host, port, target = self._checked(url)
         address = httpcore.URL(scheme=b"https", host=host.encode(), port=port, target=target)
         name = host if port == 443 else f"{host}:{port}"
-        async with self._pool.stream("GET", address, headers=[(b"Host", name.encode()), *HEADERS]) as response:
+        headers = [(b"Host", name.encode()), *HEADERS]
+        async with self._pool.stream("GET", address, headers=headers, extensions=self._extensions) as response:
             if response.status in (301, 302, 303, 307, 308):
                 return b"", next(value for name, value in response.headers if name.lower() == b"location").decode()
             if response.status != 200:
@@ -108,15 +117,18 @@ class RemotePictures:
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
     """Connects to addresses that were checked, never to a name. TLS is still made for the name."""
 
-    def __init__(self, networks: Sequence[Network], resolver: Resolver) -> None:
-        self._networks, self._resolve = networks, resolver
-        self._backend = httpcore.AnyIOBackend()
+    def __init__(self, networks: Sequence[Network]) -> None:
+        self._networks, self._backend = networks, httpcore.AnyIOBackend()
 
     async def connect_tcp(self, host: str, port: int, **options: Any) -> httpcore.AsyncNetworkStream:
-        addresses = [ipaddress.ip_address(found.partition("%")[0]) for found in await self._resolve(host, port)]
+        addresses = [ipaddress.ip_address(found.partition("%")[0]) for found in await resolve(host, port)]
         if not addresses or not all(is_public(one) or self._allowed(one) for one in addresses):
             raise FetchError("its host does not lie in the public internet")
-        return await self._backend.connect_tcp(str(addresses[0]), port, **options)
+        *others, last = map(str, addresses)
+        for address in others:
+            with suppress(httpcore.ConnectError):
+                return await self._backend.connect_tcp(address, port, **options)
+        return await self._backend.connect_tcp(last, port, **options)
 
     async def connect_unix_socket(self, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
         raise FetchError("only https addresses are fetched")

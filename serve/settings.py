@@ -60,10 +60,11 @@ class ModelSettings(BaseModel):
     max_replicas: int = Field(1, ge=1)
     initial_replicas: int | None = Field(None, ge=1)  # from which it scales; default: min_replicas
     max_ongoing_requests: int = Field(64, ge=1)  # at work in one replica; it scales up from half of this
-    max_queued_requests: int = Field(256, ge=1)  # waiting for a replica; above it 429
+    max_queued_requests: int = Field(256, ge=1)  # waiting for a replica, in each ingress; above it 429
     target_kv_usage: float = Field(0.7, gt=0, le=1)  # of a replica's KV cache; above it another replica is started
     upscale_delay: float = Field(10, ge=0)  # seconds that more replicas must have been wanted
     downscale_delay: float = Field(300, ge=0)
+    max_surge_percent: int = Field(0, ge=0, le=100)  # more replicas that an upgrade may start before it stops old ones
     routing: Literal["affinity", "random"] = "affinity"  # a conversation's turns to one replica, or to any
     cpus: float = Field(1, ge=0)  # of one replica
     gpus: float = Field(0, ge=0)  # of one replica: 0 runs on the CPU, 0.5 shares a GPU and its memory

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -12,27 +13,34 @@ from typing import Any
 import httpx
 
 from tests.engine.tiny import picture
+from tests.serve.pictures import data_url, png_header
 from tests.serve.running import KEY
-from tests.serve.test_http_errors import data_url, png_header
 
 PATH = "/v1/chat/completions"
 
 
 @dataclass
 class Outcomes:
-    """statuses: of all answers; 0 is a connection that broke. broken: streams that ended with an error, by its code.
+    """statuses: of all answers; 0 is a connection that broke. broken: streams that ended with an error.
 
-    left: clients that went before their answer ended. seconds: of each whole answer.
+    codes: of errors, in answers and in streams. left: clients that went before their answer ended. seconds: of each
+    whole answer. begun: when those that failed were asked.
     """
 
     statuses: Counter[int] = field(default_factory=Counter)
-    broken: Counter[str] = field(default_factory=Counter)
+    codes: Counter[str] = field(default_factory=Counter)
+    broken: int = 0
     left: int = 0
     seconds: list[float] = field(default_factory=list)
+    begun: list[float] = field(default_factory=list)
 
     @property
     def failed(self) -> int:
-        return sum(self.broken.values()) + sum(count for status, count in self.statuses.items() if status != 200)
+        return len(self.begun)
+
+    @property
+    def ended(self) -> int:
+        return sum(self.statuses.values()) + self.broken + self.left
 
 
 def chat(seed: int, tokens: int = 24, pictures: int = 1) -> dict[str, Any]:
@@ -48,7 +56,7 @@ def chat(seed: int, tokens: int = 24, pictures: int = 1) -> dict[str, Any]:
 
 async def ask(client: httpx.AsyncClient, body: Any, outcomes: Outcomes, leave_after: float | None = None) -> None:
     """Sends one request. leave_after: seconds, after which this client has gone."""
-    started = time.perf_counter()
+    started = time.monotonic()
     try:
         async with asyncio.timeout(leave_after):
             content = {"content": body} if isinstance(body, bytes) else {"json": body}
@@ -59,13 +67,18 @@ async def ask(client: httpx.AsyncClient, body: Any, outcomes: Outcomes, leave_af
         return
     except httpx.HTTPError:
         outcomes.statuses[0] += 1
+        outcomes.begun.append(started)
         return
-    if response.headers["content-type"].startswith("text/event-stream") and '"error"' in text:
-        outcomes.broken[text.partition('"code": "')[2].partition('"')[0]] += 1
+    error = re.search(r'"error": ?\{.*"code": ?"(\w+)"', text)
+    if error or response.status_code != 200:
+        outcomes.codes[error[1] if error else "not OpenAI's form"] += 1
+        outcomes.begun.append(started)
+    if error and response.status_code == 200:
+        outcomes.broken += 1
         return
     outcomes.statuses[response.status_code] += 1
     if response.status_code == 200:
-        outcomes.seconds.append(time.perf_counter() - started)
+        outcomes.seconds.append(time.monotonic() - started)
 
 
 @asynccontextmanager
@@ -88,8 +101,11 @@ async def closed_loop(client: httpx.AsyncClient, clients: int, until: asyncio.Ev
     return outcomes
 
 
-async def open_loop(client: httpx.AsyncClient, rate: float, seconds: float, outcomes: Outcomes) -> None:
-    """`rate` requests a second, come what may: 30 % leave, 5 % are malformed, 5 % hold too large a picture."""
+async def open_loop(client: httpx.AsyncClient, rate: float, seconds: float, outcomes: Outcomes) -> int:
+    """`rate` requests a second, come what may: 30 % leave, 5 % are malformed, 5 % hold too large a picture.
+
+    Returns how many were sent.
+    """
     rng, tasks, began, sent = random.Random(0), set[asyncio.Task[None]](), time.monotonic(), 0
     bomb = chat(0)
     bomb["messages"][0]["content"][0]["image_url"]["url"] = data_url(png_header(20_000, 20_000))
@@ -104,3 +120,4 @@ async def open_loop(client: httpx.AsyncClient, rate: float, seconds: float, outc
             task.add_done_callback(tasks.discard)
         await asyncio.sleep(0.02)
     await asyncio.gather(*tasks)
+    return sent

@@ -85,7 +85,8 @@ def running(
             stdout=out,
             stderr=out,
         )
-    service = Service(process, f"http://127.0.0.1:{port}", log, folder, config)
+    scheme = "https" if "ssl_certfile" in config["http_options"] else "http"
+    service = Service(process, f"{scheme}://127.0.0.1:{port}", log, folder, config)
     try:
         deadline = time.monotonic() + 180
         while not service.is_ready():

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from serve.backend import Served
+from serve.guards import Guards
 from serve.ingress import Policy, create_app
 from serve.keys import hash_key
 from serve.limits import KeyLimits, Limits
@@ -134,5 +135,27 @@ def test_a_request_that_takes_too_long_is_ended(stream: bool) -> None:
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "time_limit"
         assert slow.ended == 1
+
+    asyncio.run(main())
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    """Part by part, each in time, it may take as long as it takes."""
+
+    async def main() -> None:
+        whole = create_app({"slow": Served(Slow())}, Policy(None, max_body_bytes=1000, max_pictures=1))
+        guards = Guards(whole, model="slow", hashes=None, max_body_bytes=1000, body_seconds=0.3)
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(guards), base_url="http://test")
+
+        async def parts(seconds: float) -> AsyncGenerator[bytes]:
+            for part in (b'{"model": "slow", ', b'"prompt": ', b'"hi"}'):
+                await asyncio.sleep(seconds)
+                yield part
+
+        headers = {"Content-Type": "application/json"}
+        assert (await client.post("/tokenize", content=parts(0.15), headers=headers)).status_code == 200
+        late = await client.post("/tokenize", content=parts(0.6), headers=headers)
+        assert late.status_code == 408
+        assert late.json()["error"]["code"] == "body_timeout"
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""The chat page in a browser, over the whole service: pictures, several turns, streaming, stop, examples, a wrong key.
+"""The chat page in a browser, over the whole service: pictures, several turns, streaming, stop, examples, no key.
 
 It wants Chromium: `make browser`. The screenshots lie in out/page/.
 """
@@ -6,15 +6,19 @@ It wants Chromium: `make browser`. The screenshots lie in out/page/.
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from serve.page import picture_part
 from tests.engine.tiny import picture
-from tests.serve.running import KEY, ROOT, Service, application, free_port, running
+from tests.serve.pictures import data_url
+from tests.serve.running import KEY, ROOT, Service, application, driving, free_port, running, stats
 
 pytestmark = pytest.mark.soak
 SHOTS = ROOT / "out" / "page"
@@ -34,13 +38,19 @@ def service(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     page = {"name": "page", "import_path": "serve.page:build", "route_prefix": "/chat"}
     page["args"] = {"model": "tiny", "api": f"http://127.0.0.1:{port}/v1"}
     log = tmp_path_factory.mktemp("page") / "log"
-    models = application("main", "/", checkpoint=str(artifact), cpus=0.25)
+    models = application("main", "/", checkpoint=str(artifact), cpus=0.25, max_answer=200)  # two turns have room
     with running(log, models, page, http={"port": port}) as service:
         deadline = time.monotonic() + 120
         while httpx.get(f"{service.url}/chat/").status_code != 200:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield service
+
+
+@pytest.fixture(scope="module")
+def driver(service: Service) -> Iterator[Executor]:
+    with driving(service) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -61,6 +71,10 @@ def page(service: Service) -> Iterator[Page]:
         assert not [url for url in outside if not url.startswith((service.url, "data:", "blob:"))]
 
 
+def image(content: bytes) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(content)}}
+
+
 def ask(page: Page, text: str) -> None:
     box = page.locator(".multimodal-textbox textarea")
     box.fill(text)
@@ -79,8 +93,14 @@ def wait_for_answers(page: Page, count: int) -> None:
     expect(page.locator(".stop-button")).to_have_count(0)
 
 
-def test_a_conversation(page: Page, tmp_path: Path) -> None:
+def letters(text: str | None) -> str:
+    """What no Markdown takes away."""
+    return "".join(filter(str.isalnum, text or ""))
+
+
+def test_a_conversation(service: Service, page: Page, tmp_path: Path) -> None:
     page.get_by_label("API key").fill(KEY)
+    page.locator("input[type=range]").fill("0")
     file = tmp_path / "digit.png"
     file.write_bytes(picture(3))
     page.locator("input[type=file]").first.set_input_files(file)
@@ -89,12 +109,43 @@ def test_a_conversation(page: Page, tmp_path: Path) -> None:
     wait_for_answers(page, 1)
     ask(page, "图片里是哪个数字？")
     wait_for_answers(page, 2)
-    assert all(text.strip() for text in answers(page))
+    shown = answers(page)
+    # The same two turns by the official client: the page sent the picture and what was said before.
+    messages: list[Any] = []
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key=KEY) as client:
+        for content in (
+            [image(picture(3)), {"type": "text", "text": "Which digit is in the picture?"}],
+            "图片里是哪个数字？",
+        ):
+            messages.append({"role": "user", "content": content})
+            reply = client.chat.completions.create(model="tiny", messages=messages, temperature=0)
+            messages.append({"role": "assistant", "content": reply.choices[0].message.content})
+    expected = [letters(one["content"]) for one in messages if one["role"] == "assistant"]
+    assert list(map(letters, shown)) == expected
+    assert all(expected)
     expect(page.locator(".user.message img, .message.user img").first).to_be_visible()
     page.screenshot(path=SHOTS / "conversation.png", full_page=True)
 
 
-def test_stop_ends_the_generation(page: Page) -> None:
+def test_a_picture_is_pasted(page: Page) -> None:
+    page.get_by_label("API key").fill(KEY)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(
+        """async url => {
+            const blob = await (await fetch(url)).blob()
+            await navigator.clipboard.write([new ClipboardItem({[blob.type]: blob})])
+        }""",
+        data_url(picture(5)),
+    )
+    page.locator(".multimodal-textbox textarea").press("Control+V")
+    expect(page.locator(".thumbnail-item, .thumbnail-image").first).to_be_visible()
+    ask(page, "Which digit?")
+    wait_for_answers(page, 1)
+    expect(page.locator(".user.message img, .message.user img").first).to_be_visible()
+
+
+def test_stop_ends_the_generation(page: Page, driver: Executor) -> None:
+    before = driver.submit(stats).result()
     page.get_by_label("API key").fill(KEY)
     page.locator("input[type=range]").fill("2")  # of random weights, the longest answers
     ask(page, "Tell me everything about digits.")
@@ -102,6 +153,11 @@ def test_stop_ends_the_generation(page: Page) -> None:
     expect(stop).to_be_visible()
     stop.click()
     expect(stop).to_have_count(0)
+    deadline = time.monotonic() + 30
+    while (after := driver.submit(stats).result())["aborted"] == before["aborted"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (after["finished"], after["running"]) == (before["finished"], 0)
     page.screenshot(path=SHOTS / "stopped.png", full_page=True)
 
 

@@ -1,10 +1,10 @@
 """The whole application on Ray Serve, asked by the official client: answers, streams, keys, aborts, back-pressure."""
 
 import asyncio
-import base64
 import json
 import math
 import signal
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,9 +21,11 @@ from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.chat import encode_chat
 from mqwen.telemetry import serving
 from serve.keys import hash_key
-from tests.engine.tiny import generate_alone, picture
+from tests.engine.tiny import build_artifact, generate_alone, picture
 from tests.scraping import Scrape, declared, discovered, scrape_until
 from tests.serve.collecting import Collector, collecting
+from tests.serve.hosting import Host, hosting
+from tests.serve.pictures import data_url
 from tests.serve.running import KEY, Service, application, driving, running, stats
 
 
@@ -34,19 +36,36 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def service(artifact: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Two applications on one cluster: `/` as users have it, and `/narrow` with little room for requests.
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """Of pictures. The service has its certificate too."""
+    with hosting(tmp_path_factory.mktemp("host"), "localhost") as host:
+        yield host
 
-    The first has two ingress replicas, which count each key's requests together.
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model."""
+    return build_artifact(tmp_path_factory.mktemp("other") / "other", layers=2)
+
+
+@pytest.fixture(scope="module")
+def service(
+    artifact: Path, other: Path, host: Host, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """Two applications on one cluster, over TLS: `/` as users have it, and `/narrow` with little room for requests.
+
+    The first has two models, and two ingress replicas, which count each key's requests together.
     """
-    shared = {"checkpoint": str(artifact), "cpus": 0.25}  # all of it fits on one core
-    limits = {"ingress_replicas": 2, "key_concurrency": 30}
+    shared = {"checkpoint": str(artifact), "cpus": 0.15}  # all of it fits on one core
+    limits = {"ingress_replicas": 2, "key_concurrency": 30, "more_models": {"other": {"checkpoint": str(other)}}}
+    limits |= {"picture_hosts": [f"localhost:{host.server_port}"], "picture_networks": ["127.0.0.0/8", "::1/128"]}
     narrow = {"name": "narrow", "auth": "off", "max_ongoing_requests": 1, "max_queued_requests": 2}
     narrow |= {"min_replicas": 2, "max_replicas": 2}
     with running(
         tmp_path_factory.mktemp("service") / "log",
         application("main", "/", **shared, **limits),
         application("narrow", "/narrow", **shared, **narrow),
+        http={"ssl_certfile": str(host.certificate), "ssl_keyfile": str(host.key)},
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
         OTEL_BSP_SCHEDULE_DELAY="200",
     ) as service:
@@ -80,8 +99,10 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def expected(artifact: Path) -> Callable[..., str | None]:
+Answer = Callable[[list[Any], list[bytes], int], str | None]
+
+
+def alone(artifact: Path) -> Answer:
     """The answer by transformers' generate, without engine and HTTP; None where a tie leaves it open."""
     model, processor = MQWenLMHeadModel.from_pretrained(artifact).eval(), MQWenProcessor.from_pretrained(artifact)
 
@@ -93,8 +114,13 @@ def expected(artifact: Path) -> Callable[..., str | None]:
     return answer
 
 
+@pytest.fixture(scope="module")
+def expected(artifact: Path) -> Answer:
+    return alone(artifact)
+
+
 def image_part(content: bytes) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(content).decode()}"}}
+    return {"type": "image_url", "image_url": {"url": data_url(content)}}
 
 
 def asked(number: int) -> list[dict[str, Any]]:
@@ -115,7 +141,7 @@ def test_the_metrics_are_those_of_the_requests(service: Service, client: openai.
     assert whole.usage is not None
     assert whole.usage == last.usage
     with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(**options | {"model": "other"})
+        client.chat.completions.create(**options | {"model": "none"})
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="sk-wrong").models.list()
     with pytest.raises(openai.BadRequestError):
@@ -142,7 +168,7 @@ def test_the_metrics_are_those_of_the_requests(service: Service, client: openai.
         return all(
             found.values(gauge, model_name=name) == [0] * replicas
             for gauge in gauges
-            for name, replicas in (("tiny", 1), ("narrow", 2))
+            for name, replicas in (("tiny", 1), ("other", 1), ("narrow", 2))
         )
 
     addresses = discovered(service.folder)
@@ -167,7 +193,7 @@ def test_the_metrics_are_those_of_the_requests(service: Service, client: openai.
         assert found.total(f"{metric.exported}_bucket", bound, model_name="tiny") == 2 * len(bounds)
 
 
-def test_a_conversation_with_pictures(client: openai.OpenAI, expected: Callable[..., str | None]) -> None:
+def test_a_conversation_with_pictures(client: openai.OpenAI, expected: Answer) -> None:
     pictures = [picture(1), picture(2), picture(3)]
     parts = [image_part(one) for one in pictures]
     conversation = [
@@ -213,7 +239,7 @@ def test_a_stream_on_the_wire(url: str) -> None:
     assert all(event.startswith("data: {") for event in events[:-2])
 
 
-def test_many_at_once_get_the_answers_of_each_alone(url: str, expected: Callable[..., str | None]) -> None:
+def test_many_at_once_get_the_answers_of_each_alone(url: str, expected: Answer) -> None:
     async def main() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
 
@@ -248,11 +274,47 @@ def test_seed_and_stop(client: openai.OpenAI) -> None:
     assert cut == [text[: text.index(stop)]] * 2
 
 
-def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny"]
+def test_models(client: openai.OpenAI, artifact: Path, other: Path) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "other"]
     assert client.models.retrieve("tiny").id == "tiny"
-    with pytest.raises(openai.NotFoundError, match="'other' does not exist"):
-        client.models.retrieve("other")
+    with pytest.raises(openai.NotFoundError, match="'none' does not exist"):
+        client.models.retrieve("none")
+    answers = {}
+    for name, folder in (("tiny", artifact), ("other", other)):
+        answer, options = alone(folder), {"max_tokens": 8, "temperature": 0}
+        found = [client.chat.completions.create(model=name, messages=asked(one), **options) for one in range(6)]  # type: ignore[call-overload]
+        texts = [one.choices[0].message.content for one in found]
+        assert {one.model for one in found} == {name}
+        wanted = [answer(plain(one), [picture(one)], 8) for one in range(6)]
+        assert wanted.count(None) < 3
+        assert [text for text, one in zip(texts, wanted, strict=True) if one] == list(filter(None, wanted))
+        answers[name] = texts
+    assert answers["tiny"] != answers["other"]
+
+
+def test_a_picture_by_its_address(client: openai.OpenAI, host: Host) -> None:
+    """The operator allows this host, by its name, and the network that it lies in."""
+
+    def ask(url: str) -> Any:
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Which digit?"}]
+        options: dict[str, Any] = {"model": "tiny", "max_tokens": 8, "temperature": 0}
+        reply = client.chat.completions.create(messages=[{"role": "user", "content": content}], **options)
+        return reply.choices[0].message.content, reply.usage
+
+    by_name = f"https://localhost:{host.server_port}"
+    assert ask(f"{by_name}/picture") == ask(image_part(picture(1))["image_url"]["url"])
+    asked_before = len(host.asked)
+    with pytest.raises(openai.BadRequestError, match="Picture 1 is not fetched: its host is not one") as refused:
+        ask(f"https://127.0.0.1:{host.server_port}/picture")
+    assert refused.value.param == "messages[0].content[0].image_url.url"
+    assert len(host.asked) == asked_before
+
+
+def test_only_tls_is_spoken_and_only_with_this_certificate(url: str) -> None:
+    with pytest.raises(httpx.TransportError):
+        httpx.get(url.replace("https://", "http://") + "/health")
+    with pytest.raises(httpx.ConnectError, match="certificate verify failed"):
+        httpx.get(f"{url}/health", verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))  # trusts nobody
 
 
 def test_the_client_raises_what_openai_would(url: str, client: openai.OpenAI) -> None:

@@ -161,5 +161,13 @@ def test_the_sample_config_has_options_that_exist_with_their_defaults() -> None:
     assert (application.name, application.import_path, application.route_prefix) == ("mine", "serve.app:build", "/")
     assert application.args.keys() <= Settings.model_fields.keys()
     assert len(application.args) > 4
-    for option in ("min_replicas", "max_replicas", "cpus", "gpus", "max_queued_requests", "downscale_delay"):
+    for option in (
+        "min_replicas",
+        "max_replicas",
+        "cpus",
+        "gpus",
+        "max_queued_requests",
+        "downscale_delay",
+        "max_surge_percent",
+    ):
         assert application.args[option] == Settings.model_fields[option].default
