@@ -1,7 +1,8 @@
 """A cluster on this machine as operators run one: `make cluster` starts it, `make cluster-down` ends it.
 
 A head and a worker node that ask for a token, and Prometheus that scrapes both and evaluates the alerts; all on
-loopback. What it is lies in out/cluster: the token, the processes, their logs.
+loopback. Where Grafana is installed it shows the dashboards of infra/grafana and Ray's own. What it is lies in
+out/cluster: the token, the processes, their logs.
 """
 
 import json
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
 RAY = Path(sys.executable).with_name("ray")
 PROMETHEUS = ROOT / ".cache" / "debian" / "usr" / "bin" / "prometheus"
+GRAFANA = "grafana", "server", "--homepath", "/usr/share/grafana"  # as its packages install it
 STARTED = 120.0  # seconds that a part may take to answer
 GRACE = 15.0  # seconds that a part may take to end
 
@@ -39,15 +41,18 @@ def up(folder: Path) -> None:
     secret = os.open(folder / "token", os.O_WRONLY | os.O_CREAT, 0o600)
     os.write(secret, token.encode())
     os.close(secret)
-    gcs, dashboard, prometheus = free_port(6379), free_port(8265), free_port(9090)
+    gcs, dashboard, client = free_port(6379), free_port(8265), free_port(10001)
+    prometheus, grafana = free_port(9090), free_port(3000)
     agents = [free_port(52365), free_port(0)]  # of two nodes on one machine
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_TMPDIR": str(ray_folder)}
     environment |= {"RAY_PROMETHEUS_HOST": f"http://{HOST}:{prometheus}"}
-    # Jobs are run with the nodes' python.
-    environment |= {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}
+    environment |= {"RAY_GRAFANA_HOST": f"http://{HOST}:{grafana}"}
+    # Jobs are run with the nodes' python; what is deployed is imported from here, as from an image's /app.
+    environment |= {"PATH": f"{RAY.parent}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
     common = [f"--node-ip-address={HOST}", "--disable-usage-stats", "--block"]
     head = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agents[0]}"]
+    head += [f"--ray-client-server-port={client}"]
     worker = [f"--address={HOST}:{gcs}", f"--dashboard-agent-listen-port={agents[1]}"]
     asking = {"Authorization": f"Bearer {token}"}
     try:
@@ -61,11 +66,18 @@ def up(folder: Path) -> None:
         words += [f"--web.listen-address={HOST}:{prometheus}", "--log.level=warn"]
         start(folder, "prometheus", [str(PROMETHEUS), *words], environment)
         wait(f"http://{HOST}:{prometheus}/-/ready", {}, folder / "prometheus.log")
+        if shutil.which(GRAFANA[0]):
+            own = provision(folder / "grafana", ray_folder, f"http://{HOST}:{prometheus}", grafana)
+            start(folder, "grafana", list(GRAFANA), environment | own | {"GF_SECURITY_ADMIN_PASSWORD": token})
+            wait(f"http://{HOST}:{grafana}/api/health", {}, folder / "grafana.log")
     except BaseException:
         down(folder, keep_logs=True)
         raise
     print(f"export RAY_ADDRESS={HOST}:{gcs} RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(cat {folder / 'token'})")
     print(f"# dashboard and jobs: http://{HOST}:{dashboard}    Prometheus: http://{HOST}:{prometheus}")
+    print(f"# Ray's client: ray://{HOST}:{client}")
+    if shutil.which(GRAFANA[0]):
+        print(f"# Grafana: http://{HOST}:{grafana}    user admin, the token is its password")
     print("# `make cluster-down` ends all of it")
 
 
@@ -77,6 +89,27 @@ def scraping(ray_folder: Path) -> dict[str, Any]:
         "global": {"scrape_interval": "5s", "evaluation_interval": "5s"},
         "rule_files": [str(ROOT / "infra" / "prometheus" / "alerts.yaml")],
         "scrape_configs": [job],
+    }
+
+
+def provision(folder: Path, ray_folder: Path, prometheus: str, port: int) -> dict[str, str]:
+    """Writes what Grafana reads when it starts; returns the environment that leads it there."""
+    source = {"name": "Prometheus", "type": "prometheus", "url": prometheus, "access": "proxy", "isDefault": True}
+    rays = ray_folder / "ray" / "session_latest" / "metrics" / "grafana" / "dashboards"
+    shown = [
+        {"name": name, "folder": name, "type": "file", "options": {"path": str(path)}}
+        for name, path in (("MQWen", ROOT / "infra" / "grafana"), ("Ray", rays))
+    ]
+    for name, content in (("datasources", {"datasources": [source]}), ("dashboards", {"providers": shown})):
+        (folder / "provisioning" / name).mkdir(parents=True)
+        (folder / "provisioning" / name / "mqwen.yaml").write_text(json.dumps({"apiVersion": 1} | content))
+    return {
+        "GF_PATHS_PROVISIONING": str(folder / "provisioning"),
+        "GF_PATHS_DATA": str(folder / "data"),
+        "GF_PATHS_LOGS": str(folder / "logs"),
+        "GF_SERVER_HTTP_ADDR": HOST,
+        "GF_SERVER_HTTP_PORT": str(port),
+        "GF_ANALYTICS_REPORTING_ENABLED": "false",
     }
 
 

@@ -19,10 +19,14 @@ def exporter() -> list[Any]:
 
 
 def environment() -> dict[str, str]:
-    """What a replica's process needs to trace; empty where no collector is named."""
+    """What a replica's process needs to trace; empty where no collector is named.
+
+    Headers hold a collector's keys, and Ray logs this environment: they are where the node's own has them.
+    """
     if not os.environ.get(ENDPOINT):
         return {}
-    own = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
+    named = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
+    own = {name: value for name, value in named.items() if not name.endswith("_HEADERS")}
     ratio = os.environ.get("RAY_SERVE_TRACING_SAMPLING_RATIO", "1.0")
     serves = {
         "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "serve.tracing:exporter",

@@ -52,10 +52,14 @@ KEYS = {"AWS_ACCESS_KEY_ID": "known", "AWS_SECRET_ACCESS_KEY": "and-its-secret"}
 def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a moto_server with an empty bucket, `bucket`."""
     with s3_server(tmp_path_factory.mktemp("moto") / "log") as url:
-        secret, region = KEYS["AWS_SECRET_ACCESS_KEY"], "us-east-1"
-        keys = {"aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": secret}
-        boto3.client("s3", endpoint_url=url, region_name=region, **keys).create_bucket(Bucket="bucket")
+        make_bucket(url)
         yield url
+
+
+def make_bucket(url: str) -> None:
+    secret, region = KEYS["AWS_SECRET_ACCESS_KEY"], "us-east-1"
+    keys = {"aws_access_key_id": KEYS["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": secret}
+    boto3.client("s3", endpoint_url=url, region_name=region, **keys).create_bucket(Bucket="bucket")
 
 
 @pytest.fixture

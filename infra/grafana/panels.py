@@ -54,7 +54,8 @@ def quantiles(title: str, histogram: Histogram, where: str, by: str) -> Panel:
 
 
 def ratio(title: str, part: Counter, whole: Counter, where: str, by: str) -> Panel:
-    return Panel(title, {f"{{{{{by}}}}}": f"{rate(part, where, by)} / {rate(whole, where, by)}"}, "percentunit")
+    parts, wholes = rate(part, where, by), rate(whole, where, by)  # where nothing was counted yet, the part is none
+    return Panel(title, {f"{{{{{by}}}}}": f"({parts} or 0 * {wholes}) / {wholes}"}, "percentunit")
 
 
 def one(title: str, gauge: Gauge, unit: str = "short", where: str = RUN, by: str = "run") -> Panel:

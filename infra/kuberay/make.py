@@ -3,6 +3,7 @@
 What a job or a service needs of its cluster stands once, in cluster.yaml; these files add what it runs.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,27 @@ HEAD = "# Made from cluster.yaml by `python -m infra.kuberay.make`.\n"
 
 
 def cluster() -> dict[str, Any]:
-    return yaml.safe_load((HERE / "cluster.yaml").read_text())["spec"]
+    """cluster.yaml's, with no part that two groups share."""
+    return json.loads(json.dumps(yaml.safe_load((HERE / "cluster.yaml").read_text())["spec"]))
 
 
 def job(name: str, entrypoint: str) -> dict[str, Any]:
-    """A run goes on from its last checkpoint when it is started again, so one that failed is."""
-    spec = {"entrypoint": entrypoint, "submissionMode": "K8sJobMode", "backoffLimit": 3}
-    spec |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 600, "rayClusterSpec": cluster()}
+    """A run goes on from its last checkpoint when it is started again, so one that failed is. Its driver has a place on
+    a worker, which outlives the head."""
+    pods = cluster()
+    spec = {"entrypoint": entrypoint, "entrypointNumCpus": 1, "submissionMode": "K8sJobMode", "backoffLimit": 3}
+    spec |= {"submitterPodTemplate": {"spec": submitter(pods["headGroupSpec"]["template"]["spec"])}}
+    spec |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 600, "rayClusterSpec": pods}
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": f"mqwen-{name}"}, "spec": spec}
+
+
+def submitter(head: dict[str, Any]) -> dict[str, Any]:
+    """The pod that submits the job and follows it, as guarded as the head. KubeRay gives it command and token."""
+    (container,) = head["containers"]
+    own = {"name": "submitter", "image": container["image"], "securityContext": container["securityContext"]}
+    own |= {"resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "1Gi"}}}
+    account = {"serviceAccountName": head["serviceAccountName"], "automountServiceAccountToken": False}
+    return account | {"securityContext": head["securityContext"], "restartPolicy": "Never", "containers": [own]}
 
 
 def service() -> dict[str, Any]:
@@ -40,7 +54,11 @@ def service() -> dict[str, Any]:
     groups = [pods["headGroupSpec"], *pods["workerGroupSpecs"]]
     for group in groups:
         (container,) = group["template"]["spec"]["containers"]
-        container["envFrom"] = [*container["envFrom"], {"secretRef": {"name": "mqwen-api-keys"}}]
+        container["envFrom"] += [{"secretRef": {"name": "mqwen-api-keys"}}]
+    (head,) = pods["headGroupSpec"]["template"]["spec"]["containers"]
+    head["ports"] += [
+        {"name": "serve", "containerPort": config["http_options"]["port"]}
+    ]  # KubeRay makes a Service of it
     options = {"gatewayClassName": "istio", "stepSizePercent": 10, "intervalSeconds": 30, "maxSurgePercent": 50}
     upgrade = {"type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": options}
     spec = {"upgradeStrategy": upgrade, "excludeHeadPodFromServeSvc": True}

@@ -72,20 +72,44 @@ def test_kubernetes_takes_it(name: str, manifest: dict[str, Any]) -> None:
     kubernetes_validate.validate(manifest, "1.33", strict=True)
 
 
+def guard(template: dict[str, Any]) -> None:
+    """As the namespace label pod-security.kubernetes.io/enforce: restricted wants it."""
+    pod = {"apiVersion": "v1", "kind": "Pod"} | template | {"metadata": {"name": "pod"} | template.get("metadata", {})}
+    kubernetes_validate.validate(pod, "1.33", strict=True)
+    assert template["spec"]["securityContext"]["runAsNonRoot"]
+    assert template["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in template["spec"]["containers"]:
+        assert container["securityContext"] == GUARDED
+        assert set(container["resources"]) == {"requests", "limits"}
+        assert all("value" not in variable for variable in container.get("env", []))
+        sources = [json.dumps(one) for one in container.get("envFrom", [])]
+        assert len(set(sources)) == len(sources)
+
+
+GUARDED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
 @pytest.mark.parametrize(("name", "manifest"), RAYS)
 def test_its_pods_are_guarded(name: str, manifest: dict[str, Any]) -> None:
     cluster = cluster_of(manifest)
     assert cluster["authOptions"]["mode"] == "token"
     assert cluster["autoscalerOptions"]["version"] == "v2"
-    for template in pods(manifest):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **template}
-        kubernetes_validate.validate(pod, "1.33", strict=True)
-        assert template["spec"]["securityContext"]["runAsNonRoot"]
-        for container in template["spec"]["containers"]:
-            assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
-            assert not container["securityContext"]["allowPrivilegeEscalation"]
-            assert set(container["resources"]) == {"requests", "limits"}
-            assert all("value" not in variable for variable in container.get("env", []))
+    assert cluster["autoscalerOptions"]["securityContext"] == GUARDED
+    submitter = manifest["spec"].get("submitterPodTemplate")
+    for template in [*pods(manifest), *([submitter] if submitter else [])]:
+        guard(template)
+
+
+def test_what_kuberay_asks_for_beside_its_schemas() -> None:
+    """Read in its code: it makes no Service without a port of that name on the head, and labels those who submit jobs
+    with nothing but who made them."""
+    (service,) = (one for _, one in RAYS if one["kind"] == "RayService")
+    served = yaml.safe_load(service["spec"]["serveConfigV2"])["http_options"]["port"]
+    (head,) = pods(service)[0]["spec"]["containers"]
+    assert {"name": "serve", "containerPort": served} in head["ports"]
+    (policy,) = (one for _, one in OBJECTS if one["kind"] == "NetworkPolicy")
+    made = {"podSelector": {"matchLabels": {"app.kubernetes.io/created-by": "kuberay-operator"}}}
+    assert {"from": [made]} in policy["spec"]["ingress"]
 
 
 @pytest.mark.parametrize("command", JOBS.values(), ids=JOBS)

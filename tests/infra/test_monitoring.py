@@ -1,5 +1,6 @@
 """Dashboards and alerts name metrics that are emitted, and say what to do with commands that exist."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -13,6 +14,8 @@ from infra.grafana.make import HERE, dashboard
 from infra.grafana.panels import DASHBOARDS
 from mqwen.telemetry.catalogue import METRICS
 from mqwen.telemetry.metric import Histogram
+from mqwen.train.settings import RunSettings
+from serve.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "infra" / "prometheus"
@@ -81,15 +84,36 @@ def test_each_alert_has_its_paragraph_and_its_test() -> None:
 
 
 def test_the_runbooks_commands_exist() -> None:
-    text = (PROMETHEUS / "RUNBOOK.md").read_text()
-    for job in re.findall(r"jobs/\w+\.py", text):
-        assert (ROOT / job).is_file()
-    from ray.scripts.scripts import cli
+    """Jobs with their options, Ray's and Serve's commands, a run's options, and settings of serving."""
+    from ray.scripts.scripts import cli as ray_cli
+    from ray.serve.scripts import cli as serve_cli
 
-    known = cli.list_commands(None)  # type: ignore[arg-type]
-    used = re.findall(r"\.venv/bin/ray ([\w-]+)", text)
-    assert used
-    assert set(used) <= set(known)
+    text = (PROMETHEUS / "RUNBOOK.md").read_text()
+    used = re.findall(r"\.venv/bin/(\w+) ([\w./-]+)([^`]*)`", text)
+    assert {program for program, _, _ in used} == {"python", "ray", "serve"}
+    for program, command, options in used:
+        if program == "python":
+            source = (ROOT / command).read_text()
+            for option in re.findall(r"--([\w.-]+)", options):
+                assert option.replace("-", "_").rpartition(".")[2] in source, (command, option)
+        else:
+            known = ray_cli if program == "ray" else serve_cli
+            assert command in known.list_commands(None), command
+    options = known_options(RunSettings)
+    for option in re.findall(r"`--([\w.-]+)[^`]*`", text):
+        assert option in options, option
+    for setting in re.findall(r"`(max_\w+|min_\w+)`", text):
+        assert setting in Settings.model_fields, setting
+
+
+def known_options(settings: type, prefix: str = "") -> set[str]:
+    """As tyro names them."""
+    found = set()
+    for field in dataclasses.fields(settings):
+        name = prefix + field.name.replace("_", "-")
+        default = field.default_factory if callable(field.default_factory) else None
+        found |= known_options(default, f"{name}.") if dataclasses.is_dataclass(default) else {name}
+    return found
 
 
 def promtool(*words: str) -> str:

@@ -1,9 +1,10 @@
-"""Training: what rank 0 emits for the whole run."""
+"""Training: what rank 0 emits for the whole run, and its driver of itself."""
 
 from mqwen.telemetry.metric import Counter, Gauge, Histogram
 
 RUN = ("run",)  # its name
 
+DRIVEN = Gauge("mqwen_train_driven", "1 as long as the run's driver lives, also where it waits for workers.", RUN)
 STEP = Gauge("mqwen_train_step", "The step that was done last.", RUN)
 LAST_STEP_TIMESTAMP = Gauge(
     "mqwen_train_last_step_timestamp_seconds",

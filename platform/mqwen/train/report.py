@@ -26,7 +26,7 @@ def draw_loss(records: list[dict]) -> bytes:
     """The loss curve as a PNG."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     _curve(axes, records, [r["loss"] for r in records], "Training loss", "loss per answer token")
-    return _png(figure)
+    return png(figure)
 
 
 def write_report(run: Location) -> str:
@@ -86,7 +86,7 @@ def _draw_all(records: list[dict], evaluations: list[dict]) -> bytes:
     _curve(wait, records, [100 * r["data_wait"] / r["seconds"] for r in records], "Wait for data", "% of the step")
     _curve(memory, records, [r["memory"] / 2**30 for r in records], "Most memory of rank 0", "GiB")
     _curve(goodput, records, [100 * r["goodput"] for r in records], "Goodput", "%")
-    return _png(figure)
+    return png(figure)
 
 
 def _curve(axes: Axes, records: list[dict], values: list[float], title: str, unit: str) -> None:
@@ -115,7 +115,8 @@ def _label(axes: Axes, title: str, unit: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """Closes the figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

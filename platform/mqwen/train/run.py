@@ -32,6 +32,7 @@ from mqwen.errors import LastingError, UserError
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.resources import require
 from mqwen.storage import Location, readable, writable
+from mqwen.telemetry import training
 from mqwen.train import checkpoint, spares
 from mqwen.train.claim import claimed
 from mqwen.train.cost import Cost
@@ -144,9 +145,12 @@ def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: F
         ),
     )
     (run / ENDED).delete()
+    forget = training.DRIVEN.follow(lambda: 1, run=settings.name)
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
         raise TrainingError(error.worker_failures) from error
+    finally:
+        forget()
     if (run / ENDED).exists():
         raise LastingError(f"training stopped, its checkpoints stay. {(run / ENDED).read_bytes().decode()}")
