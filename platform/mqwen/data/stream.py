@@ -19,6 +19,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+)
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
@@ -27,7 +31,7 @@ from mqwen.data.pace import Pace
 from mqwen.data.quarantine import Quarantine
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
-from mqwen.data.windows import Windows
+from mqwen.data.windows import ListedWhenWanted, Windows
 from mqwen.model import MQWenProcessor
 
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
@@ -79,12 +83,17 @@ class Stream:
         ahead = max(LEAST_AHEAD, WINDOWS_AHEAD * int(ray.cluster_resources()["CPU"]) * self._window_bytes())
         context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
         context.custom_execution_callback_classes = [Pace]
+        context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, ListedWhenWanted])
         with ray.data.DataContext.current(context):
             # As many windows as rows suffice: each has one at least, but the first, of which none may be left.
             # One list of them at a time, on no CPU, as it waits for the readers. That also keeps Ray from fusing the
             # two, which would read a whole list in one task.
             windows = ray.data.read_datasource(
-                Windows(self.rows + 1), num_cpus=0, concurrency=1, ray_remote_args={"runtime_env": {"env_vars": READER}}
+                Windows(self.rows + 1),
+                override_num_blocks=1,  # or Ray would cut the lists' blocks, which are one window each, into pieces
+                num_cpus=0,
+                concurrency=1,
+                runtime_env={"env_vars": READER},
             )
             return windows.map_batches(
                 WindowReader(self.order, self.processor, position),
