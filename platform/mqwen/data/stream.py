@@ -9,6 +9,7 @@ is pinned and a digest test holds it.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import math
 import threading
@@ -31,12 +32,13 @@ from mqwen.data.pace import Pace
 from mqwen.data.quarantine import Quarantine
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
-from mqwen.data.windows import ListedWhenWanted, Windows
+from mqwen.data.windows import ListedWhenWanted, ReadBy, Windows
 from mqwen.model import MQWenProcessor
 
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
 WINDOWS_AHEAD = 2  # for each CPU of the cluster: one that is being read, and one that is read while it waits its turn
 LEAST_AHEAD = 64 << 20  # bytes
+ROWS_UNSEEN = 8  # that a reading task goes on beyond those that the scheduler has seen, which looks now and then
 # Reading tasks run in processes of their own kind, which they need not share with whoever began the reading: those may
 # have imported much more.
 READER = {"MQWEN_ROLE": "reader"}
@@ -74,8 +76,10 @@ class Stream:
 
     def start(self, position: Position) -> ray.data.Dataset:
         """A Ray dataset of the rows from `position` on, `rows` of them or more."""
+        _prepare_readers()
         context = ray.data.DataContext.get_current().copy()
         context.target_max_block_size = 1
+        context._max_num_blocks_in_streaming_gen_buffer = ROWS_UNSEEN
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.memory_usage_poll_interval_s = None  # measuring a reader's memory each second costs more than reading
@@ -96,7 +100,7 @@ class Stream:
                 runtime_env={"env_vars": READER},
             )
             return windows.map_batches(
-                WindowReader(self.order, self.processor, position),
+                ReadBy(ray.put(WindowReader(self.order, self.processor, position))),
                 batch_size=1,
                 batch_format="pyarrow",
                 runtime_env={"env_vars": READER},
@@ -149,6 +153,18 @@ class Stream:
                 raise DataError(f"the stream starts at {row.start}, the checkpoint stands at {start}: start again")
             quarantine.add(row)
             yield row
+
+
+def _prepare_readers() -> None:
+    """Has the processes of the first reading tasks start beside the coordinator, which will ask for them."""
+    prepare = ray.remote(_import).options(num_cpus=1, runtime_env={"env_vars": READER}, scheduling_strategy="SPREAD")
+    for _ in range(int(ray.available_resources().get("CPU", 0))):
+        prepare.remote(READER_IMPORTS)
+
+
+def _import(modules: tuple[str, ...]) -> None:
+    for module in modules:
+        importlib.import_module(module)
 
 
 def _from(first: Future[list[Batch]], rest: Iterator[Batch]) -> Iterator[Batch]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data._internal.execution.backpressure_policy import BackpressurePolicy
 from ray.data._internal.execution.interfaces import PhysicalOperator
@@ -41,6 +43,17 @@ def _blocks(windows: range) -> Iterator[pa.Table]:
 
 def _metadata(rows: int) -> BlockMetadata:
     return BlockMetadata(num_rows=rows, size_bytes=8 * rows, input_files=None, exec_stats=None)
+
+
+@dataclass(frozen=True)
+class ReadBy:
+    """Reads a window by the WindowReader that `reader` refers to. The coordinator holds this, and need not import what
+    readers do, which takes a second."""
+
+    reader: ray.ObjectRef
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        return ray.get(self.reader)(batch)
 
 
 class ListedWhenWanted(BackpressurePolicy):
