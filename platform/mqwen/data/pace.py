@@ -7,7 +7,7 @@ import time
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.1  # seconds
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.05  # seconds
 WORTH_A_LOOK = 4  # rows, or tasks to start
 
 

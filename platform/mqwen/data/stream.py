@@ -86,6 +86,9 @@ class Stream:
         # Without a limit readers fill the object store with rows for which the run has no use for hours.
         ahead = max(LEAST_AHEAD, WINDOWS_AHEAD * int(ray.cluster_resources()["CPU"]) * self._window_bytes())
         context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
+        # Nor may Ray hold readers back for what is read and not yet taken: of windows that are read side by side, all
+        # but the first wait for it, which then would be read row by row, and no other beside it.
+        context.downstream_capacity_backpressure_ratio = None
         context.custom_execution_callback_classes = [Pace]
         context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, ListedWhenWanted])
         with ray.data.DataContext.current(context):
