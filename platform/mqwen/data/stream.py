@@ -9,7 +9,6 @@ is pinned and a digest test holds it.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import itertools
 import math
 import threading
@@ -32,7 +31,7 @@ from mqwen.data.pace import Pace
 from mqwen.data.quarantine import Quarantine
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
-from mqwen.data.windows import ListedWhenWanted, ReadBy, Windows
+from mqwen.data.windows import ListedWhenWanted, ReadBy, Windows, prepare
 from mqwen.model import MQWenProcessor
 
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
@@ -160,14 +159,9 @@ class Stream:
 
 def _prepare_readers() -> None:
     """Has the processes of the first reading tasks start beside the coordinator, which will ask for them."""
-    prepare = ray.remote(_import).options(num_cpus=1, runtime_env={"env_vars": READER}, scheduling_strategy="SPREAD")
+    task = ray.remote(prepare).options(num_cpus=1, runtime_env={"env_vars": READER}, scheduling_strategy="SPREAD")
     for _ in range(int(ray.available_resources().get("CPU", 0))):
-        prepare.remote(READER_IMPORTS)
-
-
-def _import(modules: tuple[str, ...]) -> None:
-    for module in modules:
-        importlib.import_module(module)
+        task.remote(READER_IMPORTS)
 
 
 def _from(first: Future[list[Batch]], rest: Iterator[Batch]) -> Iterator[Batch]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,6 +44,12 @@ def _blocks(windows: range) -> Iterator[pa.Table]:
 
 def _metadata(rows: int) -> BlockMetadata:
     return BlockMetadata(num_rows=rows, size_bytes=8 * rows, input_files=None, exec_stats=None)
+
+
+def prepare(modules: Sequence[str]) -> None:
+    """Runs in a process that is going to read."""
+    for module in modules:
+        importlib.import_module(module)
 
 
 @dataclass(frozen=True)
