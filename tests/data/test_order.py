@@ -125,7 +125,7 @@ def test_a_plan_depends_on_nothing_but_manifest_and_settings() -> None:
     assert found.stdout.strip() == f"{keys(alone)} {alone.rows}", found.stderr
 
 
-def test_a_window_reads_only_its_own_indexes() -> None:
+def test_a_window_reads_only_its_own_indexes_or_its_groups() -> None:
     order = made_order([20] * 50)
     asked = Counter[str]()
 
@@ -133,9 +133,11 @@ def test_a_window_reads_only_its_own_indexes() -> None:
         asked[shard.name] += 1
         return made_index(dataset, shard)
 
-    order.plan(0, 1, index)
-    assert set(asked) == {run.shard.name for run in order.window(0, 1)}
-    assert sum(asked.values()) <= SETTINGS.window_runs
+    for window, read in ((1, range(1, 2)), (15, range(8, 16))):  # the second is the last of its group
+        asked.clear()
+        order.plan(0, window, index)
+        assert set(asked) == {run.shard.name for number in read for run in order.window(0, number)}
+        assert sum(asked.values()) == SETTINGS.window_runs * len(read)
 
 
 @pytest.mark.parametrize("samples", [[5], [7, 7, 7]])
@@ -149,6 +151,21 @@ def test_a_hundred_million_samples() -> None:
     assert order.windows == 97_658
     plan = order.plan(3, 77_777, made_index)
     assert len(plan.samples) == 1024
+
+
+def test_of_a_group_one_row_is_cut_short() -> None:
+    """What windows have over is packed into whole rows by the last of their group, and by the epoch's last window."""
+    order = made_order([300] * 10, replace(SETTINGS, packs_per_row=4, window_runs=20))
+    found = plans(order, 0)
+    assert len(found) == 22
+    short = [number for number, plan in enumerate(found) for row in plan.rows if len(row) < 4]
+    assert set(short) <= {7, 15, 21} and len(set(short)) == len(short)
+    assert all(place.run < 20 for number in (0, 6, 8, 20) for place in found[number].samples)
+    taken = [place for place in found[15].samples if place.run >= 20]
+    assert len({place.run // 20 for place in taken}) > 3
+    for place in taken:  # from the run of that number of that window
+        run = order.window(0, 15 - place.run // 20)[place.run % 20]
+        assert run.shard == place.shard and run.start <= place.offset < run.stop
 
 
 def test_position_after_a_row() -> None:

@@ -4,16 +4,21 @@ Shards are cut into runs (neighbouring samples, one read each). An epoch shuffle
 a window; inside a window the samples are shuffled, packed (pack.py) and the packs dealt into rows. A row is what
 one forward pass takes, the same for any number of workers: row i of a job goes to rank i mod workers.
 
+Packs seldom come out as whole rows. What a window has over, of its packs the emptiest, waits for the last window of its
+group, which packs what its group has over together. So it is not each window that ends with a row cut short, but each
+group.
+
 Several datasets are mixed by weight, run by run (mixture.py): each goes through epochs of its own, so the mixture
 itself is one epoch that never ends.
 
-So a window can be planned from the manifests and the indexes of its own shards alone, wherever it is read.
+So a window can be planned from the manifests and the indexes of its own shards alone, or of its group's where it is the
+last, wherever it is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -25,6 +30,7 @@ from mqwen.data.mixture import Mixture
 from mqwen.data.pack import pack
 
 MIXTURE_WINDOWS = 1 << 62  # of its one epoch, which never ends
+GROUP = 8  # windows. More waste less, and the last of them reads more
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a window's sample lies: its row of the index, in the shard that the window's run number `run` is of."""
+    """Where a window's sample lies: its row of the index, in the shard that the run is of. `run` numbers the window's
+    runs, from its `window_runs` on those of the windows before it, of which samples were over."""
 
     shard: Shard
     run: int
@@ -99,6 +106,17 @@ class WindowPlan:
     samples: list[Place]
     rows: list[list[list[int]]]
     too_long: list[list[int]]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A window by itself: its samples in shuffled order, and as indexes into them its packs, those of them that are
+    over, and what no pack can hold."""
+
+    samples: list[Place]
+    packs: list[list[int]]
+    over: list[list[int]]
+    too_long: list[int]
 
 
 class Order:
@@ -143,6 +161,21 @@ class Order:
 
     def plan(self, epoch: int, window: int, index: Callable[[Dataset, Shard], pa.Table]) -> WindowPlan:
         """Shuffles and packs a window's samples. `index(dataset, shard)` gives that shard's index."""
+        own = self._packed(epoch, window, index)
+        samples, packs, per_row = own.samples, own.packs, self.settings.packs_per_row
+        first = window - window % GROUP
+        if per_row > 1 and window in (first + GROUP - 1, self.windows - 1):
+            over = [samples[i] for items in own.over for i in items]
+            for earlier in range(first, window):
+                other, ahead = self._packed(epoch, earlier, index), (window - earlier) * self.settings.window_runs
+                of_other = (other.samples[i] for items in other.over for i in items)
+                over += [replace(place, run=place.run + ahead) for place in of_other]
+            packs = packs + [[len(samples) + i for i in items] for items in self._pack(over)[0]]
+            samples = samples + over
+        rows = [packs[i : i + per_row] for i in range(0, len(packs), per_row)] or [[]]
+        return WindowPlan(samples, rows, [own.too_long[n :: len(rows)] for n in range(len(rows))])
+
+    def _packed(self, epoch: int, window: int, index: Callable[[Dataset, Shard], pa.Table]) -> _Packed:
         samples = [
             Place(shard=run.shard, run=number, dataset=run.dataset, **row | {"key": self._key(run, row["key"])})
             for number, run in enumerate(self.window(epoch, window))
@@ -150,14 +183,21 @@ class Order:
         ]
         random = np.random.default_rng(self._seed(epoch, window))
         samples = [samples[i] for i in random.permutation(len(samples))]
-        packs, too_long = pack(
-            [self.settings.positions(s.tokens, s.images) for s in samples], self.settings.pack_length
-        )
+        packs, too_long = self._pack(samples)
         # Packing sorts by length; without a shuffle the rows of a window would run from long samples to short.
         packs = [packs[i] for i in random.permutation(len(packs))]
         per_row = self.settings.packs_per_row
-        rows = [packs[i : i + per_row] for i in range(0, len(packs), per_row)] or [[]]
-        return WindowPlan(samples, rows, [too_long[n :: len(rows)] for n in range(len(rows))])
+        count = len(packs) % per_row if len(packs) > per_row else 0  # a window has a row at least
+        by_fill = sorted(range(len(packs)), key=lambda n: sum(self._positions(samples[i]) for i in packs[n]))
+        over = set(by_fill[:count])
+        kept = [items for n, items in enumerate(packs) if n not in over]
+        return _Packed(samples, kept, [packs[n] for n in sorted(over)], too_long)
+
+    def _pack(self, samples: Sequence[Place]) -> tuple[list[list[int]], list[int]]:
+        return pack([self._positions(sample) for sample in samples], self.settings.pack_length)
+
+    def _positions(self, sample: Place) -> int:
+        return self.settings.positions(sample.tokens, sample.images)
 
     def _key(self, run: Run, key: str) -> str:
         """A key that no other sample of the order has: two datasets may use the same."""

@@ -101,7 +101,6 @@ class RowBuilder:
             )
         }
         columns = {name: array.ravel() for name, array in filled.items()} | {
-            "pixels": b"".join(picture.tobytes() for picture in pictures),
             "images": len(pictures),
             "supervised": int((filled["labels"] != IGNORED).sum()),
             "positions": positions,
@@ -112,7 +111,16 @@ class RowBuilder:
             "quarantined": json.dumps(quarantined, ensure_ascii=False),
             "failed": None,
         }
-        return pa.table({name: [value] for name, value in columns.items()}, schema=COLUMNS)
+        pixels = _binary(np.stack(pictures) if pictures else np.empty(0, np.uint8))
+        return pa.table({name: [value] for name, value in columns.items()} | {"pixels": pixels}, schema=COLUMNS)
+
+
+def _binary(array: np.ndarray) -> pa.LargeBinaryArray:
+    """An array of one: these bytes. A row's pictures are megabytes, of which each copy would take as long as decoding
+    some of them."""
+    return pa.Array.from_buffers(
+        pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, array.nbytes])), pa.py_buffer(array)]
+    )
 
 
 def too_long_error(sample: Place, settings: OrderSettings) -> SampleError:

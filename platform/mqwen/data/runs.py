@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import pyarrow as pa
@@ -18,20 +18,23 @@ from mqwen.storage import Location, StorageError, TruncatedFileError, retried
 from mqwen.telemetry import reading
 
 Read = Callable[[Place], Sample]
+WIDEST_GAP = 1 << 20  # bytes: S3 takes about as long for another request as for a megabyte
 
 
 class Samples:
-    """The samples at `places`. Raises StorageError where storage fails; what is wrong with a sample, it says of it."""
+    """The samples at `places`, a run read when the first of it is asked for."""
 
     def __init__(self, datasets: Sequence[Dataset], places: Sequence[Place]) -> None:
-        runs: dict[int, list[Place]] = {}
+        self._datasets = datasets
+        self._places: dict[int, list[Place]] = {}
         for place in places:
-            runs.setdefault(place.run, []).append(place)
-        self._runs = {
-            number: retried(partial(_read_run, datasets[run[0].dataset], run)) for number, run in runs.items()
-        }
+            self._places.setdefault(place.run, []).append(place)
+        self._runs: dict[int, Read] = {}
 
     def read(self, place: Place) -> Sample | SampleError:
+        """Raises StorageError where storage fails; what is wrong with a sample, it says of it."""
+        if place.run not in self._runs:
+            self._runs[place.run] = retried(partial(_read_run, self._datasets[place.dataset], self._places[place.run]))
         try:
             sample = self._runs[place.run](place)
         except SampleError as error:
@@ -52,15 +55,27 @@ def _read_run(dataset: Dataset, run: list[Place]) -> Read:
 
 def _tar_range(file: Location, run: list[Place], question: str) -> tuple[int, Read]:
     """Where the shard was cut short, the samples behind the cut are unreadable."""
-    first = min(place.offset for place in run)
-    length = max(place.offset + place.nbytes for place in run) - first
-    try:
-        data = file.read_range(first, length)
-    except TruncatedFileError as error:
-        data = error.data
-    return len(data), lambda place: read_sample(
-        data[place.offset - first : place.offset - first + place.nbytes], question
-    )
+    nbytes, members = 0, dict[int, bytes]()
+    for first, stop, places in _stretches(run):
+        try:
+            data = file.read_range(first, stop - first)
+        except TruncatedFileError as error:
+            data = error.data
+        nbytes += len(data)
+        members |= {one.offset: data[one.offset - first : one.offset - first + one.nbytes] for one in places}
+    return nbytes, lambda place: read_sample(members[place.offset], question)
+
+
+def _stretches(run: list[Place]) -> Iterator[tuple[int, int, list[Place]]]:
+    """Start, end and places of each part of the file that is read at once: one, where all of a run is wanted."""
+    places, stop = list[Place](), 0
+    for place in sorted(run, key=lambda place: place.offset):
+        if places and place.offset - stop > WIDEST_GAP:
+            yield places[0].offset, stop, places
+            places = []
+        places.append(place)
+        stop = place.offset + place.nbytes
+    yield places[0].offset, stop, places
 
 
 def _parquet_rows(file: Location, run: list[Place], question: str) -> tuple[int, Read]:

@@ -19,6 +19,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+)
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.errors import DataError
@@ -27,12 +31,13 @@ from mqwen.data.pace import Pace
 from mqwen.data.quarantine import Quarantine
 from mqwen.data.reader import WindowReader
 from mqwen.data.row import RowBuilder
-from mqwen.data.windows import Windows
+from mqwen.data.windows import ListedWhenWanted, ReadBy, Windows, prepare
 from mqwen.model import MQWenProcessor
 
 PREFETCHED_ROWS = 2  # a rank's rows on their way while it computes
 WINDOWS_AHEAD = 2  # for each CPU of the cluster: one that is being read, and one that is read while it waits its turn
 LEAST_AHEAD = 64 << 20  # bytes
+ROWS_UNSEEN = 8  # that a reading task goes on beyond those that the scheduler has seen, which looks now and then
 # Reading tasks run in processes of their own kind, which they need not share with whoever began the reading: those may
 # have imported much more.
 READER = {"MQWEN_ROLE": "reader"}
@@ -69,24 +74,34 @@ class Stream:
 
     def start(self, position: Position) -> ray.data.Dataset:
         """A Ray dataset of the rows from `position` on, `rows` of them or more."""
+        _prepare_readers()
         context = ray.data.DataContext.get_current().copy()
         context.target_max_block_size = 1
+        context._max_num_blocks_in_streaming_gen_buffer = ROWS_UNSEEN
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.memory_usage_poll_interval_s = None  # measuring a reader's memory each second costs more than reading
         # Without a limit readers fill the object store with rows for which the run has no use for hours.
         ahead = max(LEAST_AHEAD, WINDOWS_AHEAD * int(ray.cluster_resources()["CPU"]) * self._window_bytes())
         context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
+        # Nor may Ray hold readers back for what is read and not yet taken: of windows that are read side by side, all
+        # but the first wait for it, which then would be read row by row, and no other beside it.
+        context.downstream_capacity_backpressure_ratio = None
         context.custom_execution_callback_classes = [Pace]
+        context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, ListedWhenWanted])
         with ray.data.DataContext.current(context):
             # As many windows as rows suffice: each has one at least, but the first, of which none may be left.
             # One list of them at a time, on no CPU, as it waits for the readers. That also keeps Ray from fusing the
             # two, which would read a whole list in one task.
             windows = ray.data.read_datasource(
-                Windows(self.rows + 1), num_cpus=0, concurrency=1, ray_remote_args={"runtime_env": {"env_vars": READER}}
+                Windows(self.rows + 1),
+                override_num_blocks=1,  # or Ray would cut the lists' blocks, which are one window each, into pieces
+                num_cpus=0,
+                concurrency=1,
+                runtime_env={"env_vars": READER},
             )
             return windows.map_batches(
-                WindowReader(self.order, self.processor, position),
+                ReadBy(ray.put(WindowReader(self.order, self.processor, position))),
                 batch_size=1,
                 batch_format="pyarrow",
                 runtime_env={"env_vars": READER},
@@ -139,6 +154,13 @@ class Stream:
                 raise DataError(f"the stream starts at {row.start}, the checkpoint stands at {start}: start again")
             quarantine.add(row)
             yield row
+
+
+def _prepare_readers() -> None:
+    """Has the processes of the first reading tasks start beside the coordinator, which will ask for them."""
+    task = ray.remote(prepare).options(num_cpus=1, runtime_env={"env_vars": READER}, scheduling_strategy="SPREAD")
+    for _ in range(int(ray.available_resources().get("CPU", 0))):
+        task.remote(READER_IMPORTS)
 
 
 def _from(first: Future[list[Batch]], rest: Iterator[Batch]) -> Iterator[Batch]:

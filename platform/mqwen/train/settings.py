@@ -46,7 +46,7 @@ class DataSettings:
     of the samples. A row is what one forward pass takes.
 
     `window_runs` runs of `run_samples` neighbours are shuffled and packed together. More of them shuffle better, which
-    a dataset that is sorted needs, and leave a smaller part of the window's last row empty; they cost memory.
+    a dataset that is sorted needs, and pack tighter; they cost memory.
 
     `max_bad` is the share of samples that may turn out unreadable before the run stops.
     """
