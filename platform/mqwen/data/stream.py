@@ -160,7 +160,7 @@ def _prepare_readers() -> None:
     """Has the processes of the first reading tasks start beside the coordinator, which will ask for them."""
     task = ray.remote(prepare).options(num_cpus=1, runtime_env={"env_vars": READER}, scheduling_strategy="SPREAD")
     for _ in range(int(ray.available_resources().get("CPU", 0))):
-        task.remote(READER_IMPORTS)
+        task.remote((WindowReader.__module__, Windows.__module__, Pace.__module__))
 
 
 def _from(first: Future[list[Batch]], rest: Iterator[Batch]) -> Iterator[Batch]:
