@@ -51,10 +51,14 @@ def main() -> None:
             rows.append(f"| {storage} | {(Path(folder) / 'row').read_text()} |")
             (Path(folder) / "meeting").unlink()
     head = (
-        "| storage | a rank's state | synchronous | stall | share | memory for the copy | step | step beside |\n"
+        "| storage | a rank's state | synchronous | stall | share | process grew by | step | step beside |\n"
         "|---|---|---|---|---|---|---|---|\n"
     )
-    write_result("checkpoint", head + "\n".join(rows) + "\n\nMedians; at most 10 % is aimed at.")
+    write_result(
+        "checkpoint",
+        head + "\n".join(rows) + "\n\nMedians; at most 10 % is aimed at. The copy is as large "
+        "as a rank's state; the process grows by what earlier steps have not left free.",
+    )
 
 
 def measure(rank: int, sizes: Sizes, runs: str, folder: str) -> None:

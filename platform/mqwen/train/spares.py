@@ -30,7 +30,7 @@ from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
 from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
 
-AFTER = 5.0  # seconds from a group's start: shorter runs need none
+AFTER = 5.0  # seconds of the first group's work: shorter runs need none
 PAUSE = 5.0  # seconds between requests: Ray starts no more at once than a node has cores, and forgets the others
 KEPT = 24 * 3600  # seconds
 TOLD = 2.0  # seconds in which a process has written down what it has imported
@@ -52,7 +52,7 @@ def environment(readers: dict[str, str]) -> dict[str, str]:
 def prepare() -> None:
     """Ray calls this in every such process when it starts. The first ones, for which work waits, go on at once."""
     if not _folder().exists():
-        threading.Thread(target=_tell, daemon=True).start()
+        threading.Thread(target=_tell, daemon=True, name="spares").start()
         return
     for told in _folder().glob(f"{_kind()}-*"):
         for module in told.read_text().splitlines():
@@ -82,9 +82,10 @@ def ask() -> None:
 
 
 def _ask(ranks: int, first: bool) -> None:
-    time.sleep(AFTER)
-    _folder().mkdir(exist_ok=True)
-    time.sleep(TOLD)
+    if not _folder().exists():  # on this node; a group that has lost workers may soon lose more
+        time.sleep(AFTER)
+        _folder().mkdir(exist_ok=True)
+        time.sleep(TOLD)
     me = ray.get_runtime_context()
     here, mine = me.get_node_id(), me.get_runtime_env_string()
     # In the order in which a group needs them: the next one may be lost before all are there.

@@ -151,6 +151,8 @@ def _train(task: Task) -> None:
         return guard.accepts(step, loss, keys, norm)
 
     def on_step(record: StepRecord) -> None:
+        if settings.parallel.spares and record.step == progress.step + 1:  # which does not wait for them
+            spares.ask()
         saver.check()
         if metrics:
             metrics.step(record)
@@ -167,8 +169,6 @@ def _train(task: Task) -> None:
         else:
             save(now)
 
-    if settings.parallel.spares:
-        spares.ask()
     feed = task.feed
     held_out = HeldOutRows(feed.held_out, rank, workers) if feed.held_out else ()
     data = Data(rows, feed.blank, held_out, task.cost.of)
