@@ -169,7 +169,7 @@ def lose_all(s3: str, tokenizer: Path, folder: Path) -> Figures:
         job = Job(make_place(nodes, tokenizer, folder), "lost")
         with serving(nodes, folder) as client:
             job.submit(1)
-            job.wait_until(r"step 1\d: checkpoint")
+            job.wait_until(r"step \d+: checkpoint")
             lose_node(nodes, third, job, client, found)
             lose_head(nodes, job, client, found)
     return found
