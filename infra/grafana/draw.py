@@ -114,7 +114,7 @@ def draw_panel(axes: Axes, panel: dict[str, Any], data: list[Series], period: Pe
         axes.plot(times, series.values, style, linewidth=1.4, markersize=3, label=series.legend)
     axes.set_title(panel["title"], fontsize=10, loc="left")
     axes.set_xlim(datetime.fromtimestamp(period.start), datetime.fromtimestamp(period.end))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, None if any(value for series in data for value in series.values) else 1)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
     axes.yaxis.set_major_formatter(FORMATS[panel["fieldConfig"]["defaults"]["unit"]])
     axes.tick_params(labelsize=7)

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.soak
 # Counters of what did not happen: a counter comes with the first that it counts.
 NOTHING_TO_COUNT = {
     "ray_mqwen_data_quarantined_samples_total",
-    "ray_mqwen_mm_cache_hits_total",
     "ray_mqwen_num_preemptions_total",
     "ray_mqwen_storage_failed_requests_total",
     "ray_mqwen_train_left_out_steps_total",

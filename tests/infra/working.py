@@ -1,6 +1,7 @@
 """Training and serving on the cluster that `make cluster` starts, with something for each panel to show."""
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def serving(up: Up, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def asking(url: str) -> Iterator[None]:
-    """One client who asks again and again, and one who errs, during the block."""
+    """One client who asks again and again, one who shows known pictures after new words, and one who errs."""
     program = [sys.executable, "-m", "tests.infra.working", url]
     clients = subprocess.Popen(program, cwd=ROOT)
     try:
@@ -90,8 +91,16 @@ async def ask_for_ever(url: str) -> None:
             await ask(client, chat(0) | {"model": "other"}, Outcomes())
             await asyncio.sleep(1)
 
+    async def show_again() -> None:
+        """The prefix cache does not know such a prompt; that of pictures knows the picture."""
+        for number in itertools.count():
+            body = chat(number)
+            body["messages"][0]["content"].reverse()
+            await ask(client, body, Outcomes())
+            await asyncio.sleep(1)
+
     async with connected(url) as client:
-        await asyncio.gather(closed_loop(client, 1, asyncio.Event()), err())
+        await asyncio.gather(closed_loop(client, 1, asyncio.Event()), show_again(), err())
 
 
 if __name__ == "__main__":
