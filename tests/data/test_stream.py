@@ -15,6 +15,7 @@ from mqwen.data.dataset import open_dataset
 from mqwen.data.errors import DataError
 from mqwen.data.order import Order, OrderSettings, Position
 from mqwen.data.stream import Stream
+from mqwen.data.windows import LISTED
 from mqwen.model import MQWenProcessor
 from mqwen.telemetry import reading
 from tests.data.digest import digest, plain_rows, ranks_steps
@@ -70,6 +71,20 @@ def test_the_plain_loop_has_all_kinds_of_rows(stream: Stream, plain: list[Batch]
 
 def test_a_list_of_windows_that_is_never_made_whole(stream: Stream, plain: list[Batch]) -> None:
     assert received(replace(stream, rows=100_000_000), 1) == expected(plain)
+
+
+def test_windows_are_listed_as_they_are_read(stream: Stream) -> None:
+    """Ray would list a hundred thousand at a thousand a second."""
+    found = replace(stream, rows=100_000).start(Position())
+    executor = found._create_executor()
+    try:
+        rows = found._build_bundle_iterator(executor)
+        for _ in range(ROWS):
+            rows.get_next()
+            _, lister, reader = (operator.metrics for operator in executor._topology)
+            assert lister.num_task_outputs_generated - reader.num_tasks_submitted <= 2 * LISTED
+    finally:
+        executor.shutdown(force=True)
 
 
 def test_after_a_windows_last_row_comes_the_next_window(stream: Stream, plain: list[Batch]) -> None:
