@@ -15,7 +15,7 @@ from mqwen.model import MQWenProcessor, MQWenTokenizer
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
 from mqwen.train.settings import RunSettings
 from tests.data.making import WORDS, random_sample, write_dataset
-from tests.train.making import SIDE, tiny_settings
+from tests.train.making import SEEDS, SIDE, tiny_settings
 
 LIMIT = 120  # seconds that ranks may wait for one another, or a test for them
 
@@ -100,7 +100,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     processor = MQWenProcessor(MQWenTokenizer.from_pretrained(tokenizer), image_size=SIDE)
-    write_dataset(folder, processor, [random_sample(seed) for seed in range(40)])
+    write_dataset(folder, processor, [*map(random_sample, SEEDS)])
     return folder
 
 

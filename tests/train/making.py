@@ -32,6 +32,7 @@ from mqwen.train.strategy import Strategy, make_strategy
 from mqwen.train.worker import HeldOutRows
 
 SIDE = 16  # pixels of a picture's side
+SEEDS = range(520, 560)  # of the samples: some rows of these have no picture
 CONFIG: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -159,11 +159,11 @@ def test_a_budget_of_tokens(ranks: Ranks, settings: RunSettings, workers: int) -
 def test_a_budget_of_epochs(ranks: Ranks, settings: RunSettings, workers: int) -> None:
     """Every row of two epochs, and none of the third; the last step is a short one."""
     rows = list(itertools.takewhile(lambda row: row.place[0] < 2, rows_from(settings, Progress())))
-    settings = replace(without_end(settings, epochs=2), data=replace(settings.data, rows_per_step=4))
-    assert len(rows) % 4
+    settings = replace(without_end(settings, epochs=2), data=replace(settings.data, rows_per_step=5))
+    assert len(rows) % 5
     for records, last in ranks.run(workers, run_many, settings):
         assert sum(record.tokens for record in records) == sum(row.supervised for row in rows)
-        assert len(records) == len(rows) // 4 + 1
+        assert len(records) == len(rows) // 5 + 1
         assert last.place == rows[-1].place
         assert last.epochs == 2
 
