@@ -14,9 +14,10 @@ from mqwen.engine.cuda.network8 import TILES, Float8Network
 from mqwen.engine.cuda.products import rows_product
 from mqwen.engine.cuda.products8 import many_product
 from mqwen.engine.engine import Engine, EngineSettings
-from mqwen.engine.float8 import LAYERS, Float8Linear, is_float8, to_float8
+from mqwen.engine.float8 import Float8Linear, is_float8, to_float8
 from mqwen.engine.request import Request
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
+from mqwen.model.float8 import LAYERS
 from tests.engine.test_cuda_kernels import DEVICE, DTYPE, close, some
 from tests.engine.test_cuda_network import CONFIG
 
