@@ -117,7 +117,9 @@ def test_neighbours_are_one_read(artifact: Path, in_place: Location, monkeypatch
     read, ranges = Location.read_range, list[int]()
     monkeypatch.setattr(Location, "read_range", lambda *given: ranges.append(given[2]) or read(*given))
     evaluation = Evaluation.prepare(locate(artifact), in_place, GENERATION, Actors())
-    Samples([evaluation.dataset], evaluation.places)
+    samples = Samples([evaluation.dataset], evaluation.places)
+    for place in evaluation.places:
+        samples.read(place)
     sizes = [place.nbytes for place in evaluation.places]
     assert ranges == [sum(sizes[:4]), sum(sizes[4:])]
     ranges.clear()
