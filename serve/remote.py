@@ -120,13 +120,17 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
     def __init__(self, networks: Sequence[Network]) -> None:
         self._networks, self._backend = networks, httpcore.AnyIOBackend()
 
-    async def connect_tcp(self, host: str, port: int, **options: Any) -> httpcore.AsyncNetworkStream:
+    async def connect_tcp(
+        self, host: str, port: int, timeout: float | None = None, **options: Any
+    ) -> httpcore.AsyncNetworkStream:
+        """An address that refuses, or is silent for its share of the time, is followed by the host's next."""
         addresses = [ipaddress.ip_address(found.partition("%")[0]) for found in await resolve(host, port)]
         if not addresses or not all(is_public(one) or self._allowed(one) for one in addresses):
             raise FetchError("its host does not lie in the public internet")
         *others, last = map(str, addresses)
+        options["timeout"] = timeout and timeout / len(addresses)
         for address in others:
-            with suppress(httpcore.ConnectError):
+            with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
                 return await self._backend.connect_tcp(address, port, **options)
         return await self._backend.connect_tcp(last, port, **options)
 

@@ -30,18 +30,20 @@ def job(name: str, entrypoint: str) -> dict[str, Any]:
     a worker, which outlives the head."""
     pods = cluster()
     spec = {"entrypoint": entrypoint, "entrypointNumCpus": 1, "submissionMode": "K8sJobMode", "backoffLimit": 3}
-    spec |= {"submitterPodTemplate": {"spec": submitter(pods["headGroupSpec"]["template"]["spec"])}}
+    spec |= {"submitterPodTemplate": submitter(pods["headGroupSpec"]["template"]["spec"])}
     spec |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 600, "rayClusterSpec": pods}
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": f"mqwen-{name}"}, "spec": spec}
 
 
 def submitter(head: dict[str, Any]) -> dict[str, Any]:
-    """The pod that submits the job and follows it, as guarded as the head. KubeRay gives it command and token."""
+    """The pod that submits the job and follows it, as guarded as the head. KubeRay gives it command and token, but not
+    the label by which network.yaml lets it in: that one only its Job has."""
     (container,) = head["containers"]
     own = {"name": "submitter", "image": container["image"], "securityContext": container["securityContext"]}
     own |= {"resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "1Gi"}}}
     account = {"serviceAccountName": head["serviceAccountName"], "automountServiceAccountToken": False}
-    return account | {"securityContext": head["securityContext"], "restartPolicy": "Never", "containers": [own]}
+    pod = account | {"securityContext": head["securityContext"], "restartPolicy": "Never", "containers": [own]}
+    return {"metadata": {"labels": {"app.kubernetes.io/created-by": "kuberay-operator"}}, "spec": pod}
 
 
 def service() -> dict[str, Any]:

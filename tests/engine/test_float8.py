@@ -11,11 +11,13 @@ pytest.importorskip("triton")
 from mqwen.engine import float8
 from mqwen.engine.cuda import network, products8
 from mqwen.engine.cuda.network8 import TILES, Float8Network
-from mqwen.engine.cuda.products8 import few_product, many_product
+from mqwen.engine.cuda.products import rows_product
+from mqwen.engine.cuda.products8 import many_product
 from mqwen.engine.engine import Engine, EngineSettings
-from mqwen.engine.float8 import LAYERS, Float8Linear, is_float8, to_float8
+from mqwen.engine.float8 import Float8Linear, is_float8, to_float8
 from mqwen.engine.request import Request
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
+from mqwen.model.float8 import LAYERS
 from tests.engine.test_cuda_kernels import DEVICE, DTYPE, close, some
 from tests.engine.test_cuda_network import CONFIG
 
@@ -62,9 +64,9 @@ def test_few_rows(rows: int) -> None:
     weight, gate = [(values, scales.flatten()) for values, scales in weights]
     w, g = [(values.float() * scales).to(DTYPE) for values, scales in weights]
     x, bias, residual, out = some(rows, 96), some(80), some(rows, 80), some(rows, 80)
-    close(few_product(x, weight, out, bias=bias, block_k=32), x @ w.T + bias)
-    close(few_product(x, weight, out, residual=residual, block_k=64), x @ w.T + residual)
-    close(few_product(x, weight, out, gate=gate, block_n=32, block_k=32), (x @ w.T) * F.silu(x @ g.T))
+    close(rows_product(x, weight, out, bias=bias, block_k=32), x @ w.T + bias)
+    close(rows_product(x, weight, out, residual=residual, block_k=64), x @ w.T + residual)
+    close(rows_product(x, weight, out, gate=gate, block_n=32, block_k=32), (x @ w.T) * F.silu(x @ g.T))
 
 
 def test_many_rows() -> None:

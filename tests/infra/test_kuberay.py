@@ -101,8 +101,8 @@ def test_its_pods_are_guarded(name: str, manifest: dict[str, Any]) -> None:
 
 
 def test_what_kuberay_asks_for_beside_its_schemas() -> None:
-    """Read in its code: it makes no Service without a port of that name on the head, and labels those who submit jobs
-    with nothing but who made them."""
+    """Read in its code: it makes no Service without a port of that name on the head, and says of a Job that submits
+    who made it, but not of the Job's pods."""
     (service,) = (one for _, one in RAYS if one["kind"] == "RayService")
     served = yaml.safe_load(service["spec"]["serveConfigV2"])["http_options"]["port"]
     (head,) = pods(service)[0]["spec"]["containers"]
@@ -110,6 +110,10 @@ def test_what_kuberay_asks_for_beside_its_schemas() -> None:
     (policy,) = (one for _, one in OBJECTS if one["kind"] == "NetworkPolicy")
     made = {"podSelector": {"matchLabels": {"app.kubernetes.io/created-by": "kuberay-operator"}}}
     assert {"from": [made]} in policy["spec"]["ingress"]
+    jobs = [one for _, one in RAYS if one["kind"] == "RayJob"]
+    assert jobs
+    for one in jobs:
+        assert one["spec"]["submitterPodTemplate"]["metadata"]["labels"] == made["podSelector"]["matchLabels"]
 
 
 @pytest.mark.parametrize("command", JOBS.values(), ids=JOBS)

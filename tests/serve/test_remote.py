@@ -120,6 +120,18 @@ def test_an_address_that_does_not_answer_is_followed_by_the_next(host: Host) -> 
     check_fetched(f"https://pictures.test:{port}/picture", port, names, (*LOOPBACK, ipaddress.ip_network("::1/128")))
 
 
+def test_an_address_that_is_silent_is_followed_by_the_next(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener whose queue is full drops who comes next, as a firewall does."""
+    monkeypatch.setattr(socket, "getaddrinfo", Names(pictures_test=[["127.0.0.2", "127.0.0.1"]]))
+    name, networks = f"pictures.test:{host.server_port}", (ipaddress.ip_network("127.0.0.0/8"),)
+    remote = RemotePictures([name], networks, max_bytes=LIMIT, seconds=4)
+    with socket.socket() as silent, socket.socket() as queued:
+        silent.bind(("127.0.0.2", host.server_port))
+        silent.listen(0)
+        queued.connect(silent.getsockname())
+        assert asyncio.run(remote.fetch(f"https://{name}/picture?size=1")) == picture(1)
+
+
 REFUSED = {
     "another host": ("https://another.test:{port}/picture", "its host is not one"),
     "another port": ("https://pictures.test:1/picture", "its host is not one"),

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from mqwen.model import MQWenLMHeadModel
 from mqwen.model.adapters import add_adapter
-from mqwen.train.float8 import LAYERS, Float8Linear, use_float8
+from mqwen.model.float8 import LAYERS
+from mqwen.train.float8 import Float8Linear, use_float8
 from mqwen.train.settings import SettingsError
 from tests.benchmarks.options import AS_IT_IS, differences
 from tests.train.conftest import Ranks

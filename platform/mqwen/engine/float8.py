@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mqwen.model.float8 import float8_layers
+
 if TYPE_CHECKING:
     from mqwen.model import MQWenLMHeadModel
 
 KIND = torch.float8_e4m3fn
 MOST = torch.finfo(KIND).max
-MULTIPLE = 16  # what the products want of inputs and outputs
-LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
 
 
 class Float8Linear(nn.Linear):
@@ -44,18 +44,15 @@ def in_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def to_float8(model: MQWenLMHeadModel) -> None:
     """In place; it takes back no step. Raises ValueError where the model's sizes do not allow it."""
-    for block in model.transformer.h:
-        for name in LAYERS:
-            linear: Any = block.get_submodule(name)
-            if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
-                raise ValueError(
-                    f"weights in 8 bits want layers of multiples of {MULTIPLE} channels; {name} has "
-                    f"{linear.in_features} and {linear.out_features}: leave float8 out"
-                )
-            weight, scales = in_8_bits(linear.weight)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            linear.register_buffer("scale", scales.flatten())
-            linear.__class__ = Float8Linear
+    try:
+        layers = float8_layers(model)
+    except ValueError as error:
+        raise ValueError(f"{error}: leave float8 out") from error
+    for linear in layers:
+        weight, scales = in_8_bits(linear.weight)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.register_buffer("scale", scales.flatten())
+        linear.__class__ = Float8Linear
 
 
 def is_float8(model: MQWenLMHeadModel) -> bool:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mqwen.model import MQWenLMHeadModel
+from mqwen.model.float8 import float8_layers
 from mqwen.train.settings import SettingsError
 
-MULTIPLE = 16  # what the products want of each side of a matrix
-LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
 LEAST = (8, 9)  # compute capability of the first cards with 8 bits
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -83,13 +82,9 @@ def use_float8(model: MQWenLMHeadModel) -> None:
             f"--compute.float8 wants a card with 8 bits, of compute capability {'.'.join(map(str, LEAST))} or more, as "
             f"L4, H100 or H200; {torch.cuda.get_device_name(model.device)} has none: leave it out"
         )
-    for block in model.transformer.h:
-        for name in LAYERS:
-            found: Any = block.get_submodule(name)
-            linear = getattr(found, "base_layer", found)  # under an adapter
-            if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
-                raise SettingsError(
-                    f"--compute.float8 wants layers of multiples of {MULTIPLE} channels; {name} has "
-                    f"{linear.in_features} and {linear.out_features}: leave it out"
-                )
-            linear.__class__ = Float8Linear
+    try:
+        layers = float8_layers(model)
+    except ValueError as error:
+        raise SettingsError(f"--compute.float8: {error}: leave it out") from error
+    for linear in layers:
+        linear.__class__ = Float8Linear

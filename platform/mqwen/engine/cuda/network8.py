@@ -11,7 +11,8 @@ from torch import Tensor
 from mqwen.engine.cuda import network
 from mqwen.engine.cuda.kernels import add_norm, silu_mul
 from mqwen.engine.cuda.network import Attention, Network, Tables, Tiles
-from mqwen.engine.cuda.products8 import Weight, few_product, many_product
+from mqwen.engine.cuda.products import Weight8, rows_product
+from mqwen.engine.cuda.products8 import many_product
 
 if TYPE_CHECKING:
     from mqwen.model import MQWenLMHeadModel
@@ -27,7 +28,7 @@ class Layer:
         w1, w2 = block.mlp.w1, block.mlp.w2
         both = torch.cat((w1.weight.data.view(torch.uint8), w2.weight.data.view(torch.uint8))).view(w1.weight.dtype)
         w1.weight.data, w2.weight.data = both.chunk(2)
-        self.both: Weight = both, torch.cat((w1.scale, w2.scale))
+        self.both: Weight8 = both, torch.cat((w1.scale, w2.scale))
         self.norm_1, self.norm_2 = block.ln_1.weight.data, block.ln_2.weight.data
         self.bias = block.attn.c_attn.bias.data
         layers = block.attn.c_attn, block.attn.c_proj, w1, w2, block.mlp.c_proj
@@ -56,13 +57,13 @@ class Float8Network(Network):
         normed = torch.empty_like(x)
         for place, layer in enumerate(self._layers):
             add_norm(x, None, layer.norm_1, normed, self._eps, overlap)
-            qkv = few_product(normed, layer.qkv, x.new_empty(rows, len(layer.bias)), bias=layer.bias, **tile("qkv"))
+            qkv = rows_product(normed, layer.qkv, x.new_empty(rows, len(layer.bias)), bias=layer.bias, **tile("qkv"))
             mixed = attention(qkv, place)
-            x = few_product(mixed, layer.mixed, torch.empty_like(x), residual=x, **tile("mixed"))
+            x = rows_product(mixed, layer.mixed, torch.empty_like(x), residual=x, **tile("mixed"))
             normed = add_norm(x, None, layer.norm_2, torch.empty_like(x), self._eps, overlap)
             wide = x.new_empty(rows, len(layer.up[0]))
-            few_product(normed, layer.up, wide, gate=layer.gate, **tile("gate"))
-            x = few_product(wide, layer.down, torch.empty_like(x), residual=x, **tile("down"))
+            rows_product(normed, layer.up, wide, gate=layer.gate, **tile("gate"))
+            x = rows_product(wide, layer.down, torch.empty_like(x), residual=x, **tile("down"))
         return F.linear(add_norm(x, None, self._norm, normed, self._eps, overlap), self._head)
 
     def _many(self, x: Tensor, attention: Attention, last: Tensor | None = None) -> Tensor:

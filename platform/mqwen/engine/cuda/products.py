@@ -123,6 +123,9 @@ def gated_product(
     return out
 
 
+Weight8 = tuple[Tensor, Tensor]
+"""(N, K) in 8 bits, and the scale (N,) of each output, float32: see mqwen.engine.float8."""
+
 LINE = tl.constexpr(64)  # numbers of two bytes that the cache takes at once
 
 
@@ -137,8 +140,8 @@ def _ask_for(pointers):
 
 @triton.jit
 def _rows_kernel(
-    x, weight, gate, bias, residual, out, M, N,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, weight, scale, gate, gate_scale, bias, residual, out, M, N,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
     GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
     AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -161,13 +164,17 @@ def _rows_kernel(
         inside = at < K
         a = tl.load(x + m[:, None] * K + at[None, :], mask=(m < M)[:, None] & inside[None, :], other=0.0)
         w = tl.load(weight + rows + at[None, :], mask=inside[None, :], other=0.0)
-        sums = tl.dot(a, tl.trans(w), sums)
+        sums = tl.dot(a, tl.trans(w.to(a.dtype)), sums)
         if GATE:
             g = tl.load(gate + rows + at[None, :], mask=inside[None, :], other=0.0)
-            gates = tl.dot(a, tl.trans(g), gates)
+            gates = tl.dot(a, tl.trans(g.to(a.dtype)), gates)
     if OVERLAP:  # not earlier: waiting programs would take the working ones' room
         gdc_launch_dependents()
+    if SCALED:
+        sums = sums * tl.load(scale + n, mask=there, other=0.0)[None, :]
     if GATE:
+        if SCALED:
+            gates = gates * tl.load(gate_scale + n, mask=there, other=0.0)[None, :]
         sums = sums * gates * tl.sigmoid(gates)
     if BIAS:
         sums += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -179,19 +186,23 @@ def _rows_kernel(
 
 
 def rows_product(
-    x: Tensor, weight: Tensor, out: Tensor, gate: Tensor | None = None, bias: Tensor | None = None,
+    x: Tensor, weight: Tensor | Weight8, out: Tensor, gate: Tensor | Weight8 | None = None, bias: Tensor | None = None,
     residual: Tensor | None = None, block_n: int = 16, block_k: int = 256, warps: int = 4, stages: int = 4,
     ahead: int = 0, overlap: bool = False,
 ) -> Tensor:  # fmt: skip
     """out (M, N) = x (M, K) @ weight (N, K)^T, times silu(x @ gate^T), + bias + residual; for up to 64 rows.
 
-    ahead: with overlap, so many inputs' weights are asked for before x is there.
+    weight and gate, if any, are of one kind. ahead: with overlap, so many inputs' weights of 16 bits are asked for
+    before x is there.
     """
     rows = x.shape[0]
+    weight, scale = weight if isinstance(weight, tuple) else (weight, None)
+    gate, gate_scale = gate if isinstance(gate, tuple) else (gate, None)
     outputs, width = weight.shape
     _rows_kernel[(triton.cdiv(outputs, block_n),)](
-        x, weight, gate, bias, residual, out, rows, outputs, width, max(16, triton.next_power_of_2(rows)), block_n,
-        block_k, gate is not None, bias is not None, residual is not None, stages, overlap,
-        ahead if ahead <= width else 0, num_warps=warps, **({"launch_pdl": True} if overlap else {}),
+        x, weight, scale, gate, gate_scale, bias, residual, out, rows, outputs, width,
+        max(16, triton.next_power_of_2(rows)), block_n, block_k, scale is not None, gate is not None, bias is not None,
+        residual is not None, stages, overlap, ahead if ahead <= width else 0, num_warps=warps,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out
