@@ -17,6 +17,7 @@ import ray
 from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
+from tests.memory import anonymous_bytes
 from tests.scraping import Scrape, discovered, scrape_until
 from tests.serve.clients import Outcomes, chat, closed_loop, connected, open_loop
 from tests.serve.running import ROOT, Service, application, driving, running, stats
@@ -88,12 +89,11 @@ def load(artifact: Path, folder: Path, minutes: float) -> Table:
     table = Table()
     options = {"max_queued_requests": 64, "max_ongoing_requests": 32, "max_pixels": 1_000_000}
 
-    def resident(service: Service) -> float:
-        """MB of the processes that requests go through: proxies, ingress, replicas."""
+    def held(service: Service) -> float:
+        """MB that the processes have for themselves through which requests go: proxies, ingress, replicas."""
         names = ("ray::ServeReplica", "ray::ProxyActor")
-        return sum(
-            one.memory_info().rss for one in service.processes() if (one.cmdline() or [""])[0].startswith(names)
-        ) / (1 << 20)
+        found = [one.pid for one in service.processes() if (one.cmdline() or [""])[0].startswith(names)]
+        return sum(map(anonymous_bytes, found)) / (1 << 20)
 
     async def main(service: Service, driver: Executor) -> None:
         async with connected(service.url) as client:
@@ -106,7 +106,7 @@ def load(artifact: Path, folder: Path, minutes: float) -> Table:
             work = asyncio.create_task(open_loop(client, 1.5 * capacity, minutes * 60, outcomes))
             began = time.monotonic()
             while not work.done():
-                memory.append((time.monotonic() - began, await asyncio.to_thread(resident, service)))
+                memory.append((time.monotonic() - began, await asyncio.to_thread(held, service)))
                 await asyncio.wait([work], timeout=minutes)
             sent = await work
         async with asyncio.timeout(60):
@@ -129,7 +129,7 @@ def load(artifact: Path, folder: Path, minutes: float) -> Table:
         table.add("aborted", "generations aborted", found["aborted"])
         table.add("failed", "generations failed", found["failed"])
         table.add("growth", "memory, last tenth over the fourth tenth", round(last / third, 3))
-        table.add("memory", "memory at the end, MB", round(last))
+        table.add("memory", "anonymous memory at the end, MB", round(last))
         table.add("blocks", "KV blocks in use at the end", found["kv_blocks_used"])
         table.add("at_work", "requests at work at the end", found["running"] + found["waiting"])
 
