@@ -1,13 +1,15 @@
-"""Samples a second from JPEG shards (640 x 480, to 224), decoded, tokenized, packed, with two reading processes each.
+"""Samples a second from JPEG shards (640 x 480, to 224), decoded, tokenized, packed, by as many reading processes each.
 
-python -m tests.benchmarks.throughput [--rounds 5]
+python -m tests.benchmarks.throughput [--rounds 5] [--processes 1 2]
 
 - *torch DataLoader*: its workers run the same reader on the same windows and hand the rows over as tensors.
 - *webdataset*: its loader over the same shards, its shuffle buffer, and our decoding, tokenizing and packing.
 - *ours, S3*: the same dataset from `rclone serve s3` on this machine, which takes its share of the cores.
 
-The consumer does nothing with the rows. Contenders take turns; a figure is the median of their rounds, in steady state:
-what comes before the third window is not counted. *Ours beside it* is the median of the rounds' ratios.
+The consumer does nothing with the rows. With as many reading processes as the machine has cores, what runs beside them
+(the consumer, Ray's own processes) takes their time; with fewer it has a core of its own. Contenders take turns; a
+figure is the median of their rounds, in steady state: each process' first window is not counted. *Ours beside it* is
+the median of the rounds' ratios.
 """
 
 import itertools
@@ -42,7 +44,6 @@ from tests.benchmarks.reading import make_photos, make_processor, steady
 from tests.benchmarks.result import write_result
 from tests.conftest import KEYS
 
-PROCESSES = 2
 SETTINGS = OrderSettings(0, pack_length=2048, packs_per_row=4, image_positions=256, run_samples=64, window_runs=16)
 WINDOW = 1024  # samples
 
@@ -52,6 +53,7 @@ class Throughput:
     """`s3` measures ours from S3 beside ours from the disk, and not the others' loaders."""
 
     rounds: int = 5
+    processes: tuple[int, ...] = (1, 2)
     samples: int = 2048
     measured: int = 8192  # in whole rounds of the processes' windows, whose rows come together
     s3: bool = False
@@ -73,7 +75,7 @@ def empty_pipeline() -> Iterator[int]:
         yield len(batch["id"])
 
 
-def of_torch(dataset: Location, processor: MQWenProcessor) -> Iterator[int]:
+def of_torch(dataset: Location, processor: MQWenProcessor, processes: int) -> Iterator[int]:
     import torch.utils.data as data
 
     order = Order([open_dataset(dataset)], SETTINGS)
@@ -87,12 +89,12 @@ def of_torch(dataset: Location, processor: MQWenProcessor) -> Iterator[int]:
                     unpack(table, SETTINGS.packs_per_row, processor.image_size) for table in reader.rows(number)
                 )
 
-    loader = data.DataLoader(Windows(), batch_size=None, num_workers=PROCESSES, prefetch_factor=4)
+    loader = data.DataLoader(Windows(), batch_size=None, num_workers=processes, prefetch_factor=4)
     for batch in loader:
         yield len(batch.keys)
 
 
-def of_webdataset(dataset: Location, processor: MQWenProcessor) -> Iterator[int]:
+def of_webdataset(dataset: Location, processor: MQWenProcessor, processes: int) -> Iterator[int]:
     import webdataset
 
     builder = RowBuilder(processor, SETTINGS)
@@ -122,7 +124,7 @@ def of_webdataset(dataset: Location, processor: MQWenProcessor) -> Iterator[int]
     split = webdataset.shardlists.split_by_worker
     read = webdataset.WebDataset(shards, shardshuffle=100, resampled=False, workersplitter=split).repeat()
     loader = webdataset.WebLoader(
-        read.shuffle(WINDOW).map(sample).compose(packed), batch_size=None, num_workers=PROCESSES, prefetch_factor=4
+        read.shuffle(WINDOW).map(sample).compose(packed), batch_size=None, num_workers=processes, prefetch_factor=4
     )
     for batch in loader:
         yield len(batch.keys)
@@ -143,30 +145,36 @@ def rclone(folder: Path) -> Iterator[None]:
 
 def main() -> None:
     settings = tyro.cli(Throughput, description=__doc__)
-    with tempfile.TemporaryDirectory() as local, rclone(Path(local)), cluster(cpus=PROCESSES):
+    head = ("", "processes", "first batch, s", "samples/s", "least and most", "ours beside it")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    empty: list[float] = []
+    with tempfile.TemporaryDirectory() as local, rclone(Path(local)):
         processor = make_processor(Path(local) / "vocabulary", 224)
         dataset = make_photos(Path(local) / "bucket" / "data", processor, settings.samples)
         photos = np.mean([shard.nbytes / shard.samples for shard in open_dataset(dataset).manifest.shards])
-        contenders = {"ours": partial(ours, dataset, processor)}
-        if settings.s3:
-            contenders["ours, S3"] = partial(ours, locate("s3://bucket/data"), processor)
-        else:
-            contenders["torch DataLoader"] = partial(of_torch, dataset, processor)
-            contenders["webdataset"] = partial(of_webdataset, dataset, processor)
-        empty: list[float] = []
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-        for _ in range(settings.rounds):
-            empty.append(steady(empty_pipeline, 0, 0)[0])
-            for name, start in contenders.items():
-                found[name].append(steady(start, PROCESSES * WINDOW, settings.measured))
-                print(f"{name}: first batch {found[name][-1][0]:.2f} s, {found[name][-1][1]:.0f} samples/s", flush=True)
-    rates = {name: statistics.median(rate for _, rate in rounds) for name, rounds in found.items()}
-    head = ("", "first batch, s", "samples/s", "least and most", "ours beside it")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, rounds in found.items():
-        first, each = statistics.median(first for first, _ in rounds), [rate for _, rate in rounds]
-        beside = statistics.median(mine / other for (_, mine), (_, other) in zip(found["ours"], rounds, strict=True))
-        lines.append(f"| {name} | {first:.1f} | {rates[name]:.0f} | {min(each):.0f}, {max(each):.0f} | {beside:.2f} |")
+        for processes in settings.processes:
+            contenders = {"ours": partial(ours, dataset, processor)}
+            if settings.s3:
+                contenders["ours, S3"] = partial(ours, locate("s3://bucket/data"), processor)
+            else:
+                contenders["torch DataLoader"] = partial(of_torch, dataset, processor, processes)
+                contenders["webdataset"] = partial(of_webdataset, dataset, processor, processes)
+            with cluster(cpus=processes):
+                found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+                for _ in range(settings.rounds):
+                    empty.append(steady(empty_pipeline, 0, 0)[0])
+                    for name, start in contenders.items():
+                        found[name].append(steady(start, processes * WINDOW, settings.measured))
+                        first, rate = found[name][-1]
+                        print(f"{name}: first batch {first:.2f} s, {rate:.0f} samples/s", flush=True)
+            for name, rounds in found.items():
+                first, each = statistics.median(first for first, _ in rounds), [rate for _, rate in rounds]
+                beside = statistics.median(
+                    mine / other for (_, mine), (_, other) in zip(found["ours"], rounds, strict=True)
+                )
+                cells = (name, processes, f"{first:.1f}", f"{statistics.median(each):.0f}")
+                spread = (f"{min(each):.0f}, {max(each):.0f}", f"{beside:.2f}")
+                lines.append(f"| {' | '.join(map(str, cells + spread))} |")
     lines += ["", f"An empty pipeline of Ray Data, split as ours: first batch after {statistics.median(empty):.1f} s."]
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
     text = f"{about}\n\n{settings.rounds} rounds of {settings.measured} samples, {photos / 1000:.0f} kB a sample.\n\n"
