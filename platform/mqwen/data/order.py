@@ -6,7 +6,7 @@ one forward pass takes, the same for any number of workers: row i of a job goes 
 
 Packs seldom come out as whole rows. What a window has over, of its packs the emptiest, waits for the last window of its
 group, which packs what its group has over together. So it is not each window that ends with a row cut short, but each
-group.
+group. The same helps rows of one pack, of which each window's emptiest waits.
 
 Several datasets are mixed by weight, run by run (mixture.py): each goes through epochs of its own, so the mixture
 itself is one epoch that never ends.
@@ -164,7 +164,7 @@ class Order:
         own = self._packed(epoch, window, index)
         samples, packs, per_row = own.samples, own.packs, self.settings.packs_per_row
         first = window - window % GROUP
-        if per_row > 1 and window in (first + GROUP - 1, self.windows - 1):
+        if window in (first + GROUP - 1, self.windows - 1):
             over = [samples[i] for items in own.over for i in items]
             for earlier in range(first, window):
                 other, ahead = self._packed(epoch, earlier, index), (window - earlier) * self.settings.window_runs
@@ -187,7 +187,8 @@ class Order:
         # Packing sorts by length; without a shuffle the rows of a window would run from long samples to short.
         packs = [packs[i] for i in random.permutation(len(packs))]
         per_row = self.settings.packs_per_row
-        count = len(packs) % per_row if len(packs) > per_row else 0  # a window has a row at least
+        # A window has a row at least. Of rows of one pack the emptiest is over, which may be nearly empty.
+        count = (len(packs) % per_row if per_row > 1 else 1) if len(packs) > per_row else 0
         by_fill = sorted(range(len(packs)), key=lambda n: sum(self._positions(samples[i]) for i in packs[n]))
         over = set(by_fill[:count])
         kept = [items for n, items in enumerate(packs) if n not in over]
