@@ -27,8 +27,8 @@ test: lint .cache/qwen.tiktoken prometheus
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # What takes too long for `make test`: runs that are killed, interrupted, fine-tuned.
-soak: $(STAMP)
-	$(BIN)/python -m pytest -m soak
+soak: $(STAMP) .cache/qwen.tiktoken prometheus
+	$(BIN)/python -m pytest -m soak --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
