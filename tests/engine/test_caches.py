@@ -51,10 +51,10 @@ def test_found_prefixes_are_read_by_a_few_prompts_at_once(
     gathered = []
     gather = PagedCache.gather
 
-    def counted(cache: PagedCache, paged: torch.Tensor, pages: torch.Tensor, rows: int) -> torch.Tensor:
-        found = gather(cache, paged, pages, rows)
-        gathered.append(rows * found.shape[2])
-        return found
+    def counted(cache: PagedCache, layer: int, pages: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = gather(cache, layer, pages, rows)
+        gathered.append(rows * keys.shape[2])
+        return keys, values
 
     monkeypatch.setattr(PagedCache, "gather", counted)
     prefix = prompt(processor, "Which digit is in the picture? " * 12, 0)
