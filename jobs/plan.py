@@ -12,6 +12,7 @@ from rich.table import Table
 from mqwen import cli
 from mqwen.model import MQWenConfig
 from mqwen.train.build import starting_point
+from mqwen.train.command_line import overridden
 from mqwen.train.estimate import Load, estimate
 from mqwen.train.hardware import CARDS, REACHED
 from mqwen.train.recipes import QWEN_7B, recipe
@@ -50,7 +51,7 @@ def check(plan: Plan) -> None:
 def main() -> None:
     plan, rest = tyro.cli(Plan, description=__doc__, return_unknown_args=True)
     check(plan)
-    settings = tyro.cli(RunSettings, default=recipe(plan.recipe), args=rest)
+    settings = overridden(recipe(plan.recipe), rest)
     settings = replace(settings, parallel=replace(settings.parallel, workers=plan.gpus))
     # Whatever the dataset is: it need not be there yet.
     replace(settings, data=replace(settings.data, dataset="any", mixture={})).check()

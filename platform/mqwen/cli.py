@@ -19,7 +19,15 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     SIGTERM ends a job as Ctrl-C does: through its `finally` blocks, which end what it started.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    stopped_by = signal.SIGINT
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        nonlocal stopped_by
+        stopped_by = signal.Signals(signum)
+        sys.exit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background would ignore it
     try:
         main()
     except UserError as error:
@@ -27,7 +35,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + stopped_by)
     sys.exit(0)
 
 
@@ -59,7 +67,3 @@ def uris() -> ConstructorRegistry:
 
 def _is_location(value: object) -> bool:
     return isinstance(value, Location)
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    sys.exit(128 + signum)

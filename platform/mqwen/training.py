@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 from mqwen.cluster import cluster
@@ -13,6 +14,7 @@ from mqwen.data.reader import WindowReader
 from mqwen.data.stream import LEASE, READER, Stream
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, MissingFileError, local_folder, locate, readable
+from mqwen.train import checkpoint
 from mqwen.train.build import outline, starting_point
 from mqwen.train.cost import cost_of
 from mqwen.train.loop import Place, Progress
@@ -87,8 +89,14 @@ def run_training(settings: RunSettings) -> None:
     )
     cpus = settings.parallel.workers * settings.parallel.cpus_per_worker + 2
     with open_run(settings, config, processor) as run:
-        with cluster(cpus):
-            train_run(settings, run, config, feed, cost)
+        try:
+            with cluster(cpus):
+                train_run(settings, run, config, feed, cost)
+        except (KeyboardInterrupt, SystemExit):
+            last = checkpoint.progress(run).step
+            kept = f"its last checkpoint is of step {last}" if last else "it has no checkpoint yet"
+            print(f"run {run}: stopped; {kept}. The same command goes on from there", file=sys.stderr)
+            raise
         from mqwen.train.report import write_report  # brings matplotlib, for which no worker need wait
 
         print(f"run {run}: {write_report(run)}")

@@ -212,7 +212,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(submitted: str, place: Place)
 def test_a_name_in_use_with_other_settings_is_refused(submitted: str, place: Place) -> None:
     code, output = place.cluster.shell.run(*place.options("first", *evaluated(place), "--seed", 3))
     assert code == 2
-    assert f"error: run {place.runs}/first exists with other settings (seed); give another --name" in output
+    assert f"error: run {place.runs}/first exists with other settings (seed is 0, not 3); give another --name" in output
     assert "Traceback" not in output
 
 

@@ -31,6 +31,12 @@ def test_a_place_that_answers_is_left_as_it_was(bucket: Location, tmp_path: Path
     assert bucket.names() == list(tmp_path.iterdir()) == []
 
 
+def test_a_submitted_jobs_copy_is_no_place_to_stay(tmp_path: Path) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "out"
+    readable(str(copy))
+    assert "Ray deletes after the job: give an absolute folder, or s3://" in refusal(writable, str(copy))
+
+
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_bucket_that_is_not_there(bucket: Location, moto: str, check: Callable[[str], Location]) -> None:
     assert refusal(check, "s3://nowhere/data").endswith(f"{moto} has no bucket 'nowhere'; make it, or name another")

@@ -130,6 +130,20 @@ def test_what_fails_leaves_the_target_as_it_was(bucket: Location, tmp_path: Path
     assert (bucket / "config.json").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("there", ["notes.txt", "checkpoints/step-00000001/checkpoint.json"])
+def test_what_is_something_else_is_not_filled(bucket: Location, tmp_path: Path, there: str) -> None:
+    """A folder of other files, or one that holds more than an earlier artifact, as a run's."""
+    for target in (bucket / "target", locate(tmp_path / "target")):
+        (target / there).write_bytes(b"mine")
+        if "/" in there:
+            (target / "config.json").write_bytes(b"{}")
+        with (
+            pytest.raises(StorageError, match="holds other files"),
+            filled(target, "config.json"),
+        ):
+            pass
+
+
 def test_a_local_folder_is_filled_in_place(tmp_path: Path) -> None:
     with filled(locate(tmp_path), last="config.json") as folder:
         assert folder == tmp_path

@@ -93,24 +93,40 @@ def test_another_machine_whose_heart_beats_keeps_it(run: Location, elsewhere: Ca
     assert drivers(run) == [f"{claim.PREFIX}other.json"]
 
 
+@pytest.mark.parametrize("said", ["was taken over by another driver", "lost its folder"])
 def test_who_has_lost_the_run_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """As after a machine slept: others took the run over."""
+    """As after a machine slept: others took the run over. Or somebody deleted it."""
     monkeypatch.setattr(claim, "BEAT", 0.05)
     run = locate(tmp_path / "run")
 
     def lose() -> None:
         with claimed(run):
             (name,) = drivers(run)
+            if "another" in said:
+                (run / f"{claim.PREFIX}other.json").write_bytes((run / name).read_bytes())
             (run / name).delete()
             threading.Event().wait(5)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with pytest.raises(SystemExit) as ended:
             cli.run(lose)  # as every job runs
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert ended.value.code == 143
-    assert f"run {run} was taken over by another driver: this one stops" in capsys.readouterr().err
+    assert f"run {run} {said}: this one stops" in capsys.readouterr().err
+
+
+def test_who_holds_a_run(run: Location) -> None:
+    with claimed(run):
+        (found,) = claim.drivers(run)
+        assert found.here
+        assert found.pid == os.getpid()
+        ended, elsewhere = replace(found, started=1.0), replace(found, host="another")
+        for number, one in enumerate((ended, elsewhere)):
+            (run / f"{claim.PREFIX}{number}.json").write_bytes(json.dumps(asdict(one)).encode())
+        assert {one.host for one in claim.drivers(run)} == {found.host, "another"}
+        assert len(claim.drivers(run)) == 2

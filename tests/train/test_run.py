@@ -13,6 +13,7 @@ import torch
 from mqwen.model import MQWenConfig, MQWenProcessor
 from mqwen.storage import Location, locate
 from mqwen.train.build import starting_point
+from mqwen.train.checkpoint import COMMIT, step_folder
 from mqwen.train.records import read_metrics
 from mqwen.train.report import moving_mean, write_report
 from mqwen.train.run import TrainingError, open_run
@@ -50,16 +51,25 @@ def test_what_may_change_and_what_may_not(settings: RunSettings) -> None:
     with open_run(free, *start) as again:
         assert again == run
     assert json.loads((run / "settings.json").read_bytes())["parallel"]["workers"] == 3
-    for other, name in (
-        (replace(settings, seed=1), "seed"),
-        (replace(settings, data=replace(settings.data, rows_per_step=4)), "data"),
-        (replace(settings, optimizer=replace(settings.optimizer, learning_rates={"visual.*": 2.0})), "optimizer"),
+    (step_folder(run, 5) / COMMIT).write_bytes(b"")
+    for other, what in (
+        (replace(settings, seed=1), "seed is 0, not 1"),
+        (replace(settings, data=replace(settings.data, rows_per_step=4)), "data.rows-per-step is 5, not 4"),
+        (
+            replace(settings, optimizer=replace(settings.optimizer, learning_rates={"visual.*": 2.0})),
+            r"optimizer.learning-rates.visual.\* is 0.001, not 2.0",
+        ),
     ):
         refused = pytest.raises(
-            SettingsError, match=rf"{run} exists with other settings \({name}\); give another --name"
+            SettingsError, match=rf"{run} exists with other settings \({what}\); give another --name"
         )
         with refused, open_run(other, *start):
             pass
+    (step_folder(run, 5) / COMMIT).delete()
+    with open_run(replace(settings, seed=1), *start):  # nothing was trained with the first ones
+        pass
+    assert json.loads((run / "settings.json").read_bytes())["seed"] == 1
+    assert MQWenConfig.from_pretrained(Path(run.path) / "model").to_dict() == start[0].to_dict()
 
 
 def test_of_a_step_trained_twice_the_later_record_counts(tmp_path: Path) -> None:

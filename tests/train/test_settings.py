@@ -12,7 +12,7 @@ from torch import nn
 from mqwen.errors import UserError
 from mqwen.model import MQWenConfig
 from mqwen.train.build import build_model, outline, starting_point
-from mqwen.train.command_line import read_settings
+from mqwen.train.command_line import overridden, read_settings
 from mqwen.train.optimizer import freeze, parameter_groups, rate_factor
 from mqwen.train.recipes import QWEN_7B, RECIPES, recipe
 from mqwen.train.settings import LoraSettings, ModelSettings, OptimizerSettings, RunSettings, SettingsError
@@ -117,6 +117,25 @@ def test_help_shows_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with pytest.raises(SystemExit):
         read_settings("Train.")
     assert "the following arguments are required: --recipe" in capsys.readouterr().err
+
+
+def test_a_dictionary_is_replaced_as_a_whole(capsys: pytest.CaptureFixture) -> None:
+    demo = recipe("demo")
+    words = ["--optimizer.learning-rates", "visual.*", "2e-4", "a", "1", "--model.config", '{"hidden_size": 64}']
+    found = overridden(demo, [*words, "--data.mixture", "here", "3", "--seed", "5"])
+    assert found.optimizer.learning_rates == {"visual.*": 2e-4, "a": 1.0}
+    assert (found.model.config, found.data.mixture, found.seed) == ({"hidden_size": 64}, {"here": 3.0}, 5)
+    assert overridden(demo, ["--optimizer.learning-rates"]).optimizer.learning_rates == {}
+    assert overridden(demo, []) == demo
+    for words, said in (
+        (["--optimizer.learning-rates", "visual.*"], "take turns"),
+        (["--optimizer.learning-rates", "visual.*", "fast"], "fast"),
+        (["--model.config", "hidden_size"], "Expecting value"),
+        (["--model.config", "[1]"], "it is no object"),
+    ):
+        with pytest.raises(SystemExit):
+            overridden(demo, words)
+        assert said in capsys.readouterr().err
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:

@@ -14,6 +14,7 @@ from mqwen.storage.s3 import S3, S3Settings
 
 TIMEOUT = 3  # seconds, for the connection and for the answer
 ATTEMPTS = 2
+JOBS_COPY = "working_dir_files"  # of a path inside what Ray unpacks of a submitted job's working directory
 REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken")
 
 
@@ -28,8 +29,13 @@ def readable(uri: str | Path) -> Location:
 
 
 def writable(uri: str | Path) -> Location:
-    """The location, in which files can be made; nothing is left there. Raises StorageError."""
+    """The location, in which files can be made, and stay; nothing is left there now. Raises StorageError."""
     location = locate(uri)
+    if JOBS_COPY in Path(location.path).parts:
+        raise StorageError(
+            f"{location} lies in this job's own copy of its working directory, which Ray deletes after the job: give "
+            "an absolute folder, or s3://BUCKET/NAME"
+        )
     if isinstance(location.filesystem, S3):
         bucket, _, key = location.path.partition("/")
         with _answers(location, "written", location.filesystem.settings) as client:

@@ -79,14 +79,14 @@ def filled(target: Location, last: str) -> Iterator[Path]:
 
     The file named `last` is there last, and is taken away first where `target` held another one: who finds it finds
     all of them. A local target is filled in place. Raises StorageError, before anything, where `target` holds files
-    without one of that name: they are something else.
+    without one of that name, or folders: they are something else.
     """
+    names, there = target.names(), target.sizes().keys()
+    if names and (last not in there or len(names) > len(there)):
+        raise StorageError(f"{target} holds other files ({', '.join(names[:3])}); choose another place")
     if isinstance(target.filesystem, pafs.LocalFileSystem):
         yield Path(target.path)
         return
-    there = target.sizes().keys()
-    if there and last not in there:
-        raise StorageError(f"{target} holds other files ({', '.join(sorted(there)[:3])}); choose another place")
     with tempfile.TemporaryDirectory(prefix="mqwen-") as local:
         yield Path(local)
         files = {path.name: path for path in Path(local).iterdir()}

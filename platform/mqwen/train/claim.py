@@ -49,6 +49,11 @@ class Driver:
         process = psutil.Process()
         return cls(_host(), process.pid, process.create_time())
 
+    @property
+    def here(self) -> bool:
+        """On this machine, whose process numbers say whether it lives."""
+        return self.host == _host()
+
 
 @contextmanager
 def claimed(run: Location) -> Iterator[None]:
@@ -72,10 +77,16 @@ def claimed(run: Location) -> Iterator[None]:
             mine.delete()
 
 
+def drivers(run: Location) -> list[Driver]:
+    """Who holds the run or did, but for those of this machine that have ended."""
+    found = [_read(run / name) for name in run.sizes() if name.startswith(PREFIX)]
+    return [one for one in found if one and (not one.here or _lives_here(one))]
+
+
 def _require_ended(run: Location, other: Location) -> None:
     """Raises RunInUseError where a claim's driver lives; deletes the claim where not."""
     found = _read(other)
-    if found and found.host == _host():
+    if found and found.here:
         alive = _lives_here(found)
     else:
         alive, limit = False, time.monotonic() + LEASE
@@ -105,7 +116,9 @@ def _beat(run: Location, mine: Location, me: Driver, ended: threading.Event) -> 
         number += 1
         with suppress(StorageError):
             if mine.size() is None:
-                print(f"run {run} was taken over by another driver: this one stops", file=sys.stderr, flush=True)
+                others = any(name.startswith(PREFIX) for name in run.sizes())
+                what = "was taken over by another driver" if others else "lost its folder"
+                print(f"run {run} {what}: this one stops", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)  # a job in the background of a shell ignores Ctrl-C's
                 return
             _write(mine, replace(me, beat=number))

@@ -28,7 +28,9 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     for pattern in settings.learning_rates:
         matching = _matching(model, pattern, "--optimizer.learning-rates")
         if not any(parameter.requires_grad for parameter in matching):
-            raise SettingsError(f"--optimizer.learning-rates {pattern!r} is for parameters that are frozen; drop it")
+            raise SettingsError(
+                f"--optimizer.learning-rates {pattern!r} is for parameters that are frozen; give the option without it"
+            )
         patterns |= dict.fromkeys(matching, pattern)
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for parameter, pattern in patterns.items():

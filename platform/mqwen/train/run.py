@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -65,8 +66,8 @@ class TrainingError(UserError):
 def open_run(settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> Iterator[Location]:
     """The run's folder, new or to be continued, and no other driver's while it is open.
 
-    Raises SettingsError where a run of that name exists with other settings, RunInUseError where it is open elsewhere,
-    StorageError where none can be written.
+    Raises SettingsError where a run of that name has trained with other settings, RunInUseError where it is open
+    elsewhere, StorageError where none can be written.
     """
     run = writable(settings.runs) / settings.name
     with claimed(run):
@@ -76,20 +77,39 @@ def open_run(settings: RunSettings, config: MQWenConfig, processor: MQWenProcess
 
 def _begin(run: Location, settings: RunSettings, config: MQWenConfig, processor: MQWenProcessor) -> None:
     mine = json.loads(json.dumps(asdict(settings)))
-    if (run / SETTINGS).exists():
-        theirs = json.loads((run / SETTINGS).read_bytes())
-        if other := [key for key in mine if key not in FREE_TO_CHANGE and mine[key] != theirs.get(key)]:
-            raise SettingsError(
-                f"run {run} exists with other settings ({', '.join(other)}); give another --name to start a new run, "
-                "or the same settings to continue it"
-            )
-    else:
+    theirs = json.loads((run / SETTINGS).read_bytes()) if (run / SETTINGS).exists() else None
+    other = [] if theirs is None else _differences(_lasting(theirs), _lasting(mine))
+    if other and checkpoint.committed(run):
+        raise SettingsError(
+            f"run {run} exists with other settings ({', '.join(other)}); give another --name to start a new run, or "
+            "the same settings to continue it"
+        )
+    if (
+        other or theirs is None
+    ):  # of a start that was refused, or ended before its first checkpoint, nothing needs to stay
+        (run / "model").delete()
         with tempfile.TemporaryDirectory() as local:
             config.save_pretrained(local)
             processor.save_pretrained(local)
             for file in Path(local).iterdir():
                 (run / "model" / file.name).upload(file)
     (run / SETTINGS).write_bytes(json.dumps(mine, indent=1).encode())
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in FREE_TO_CHANGE}
+
+
+def _differences(theirs: dict[str, Any], mine: dict[str, Any], prefix: str = "") -> list[str]:
+    """What is not the same, as options: "data.pack-length is 90, not 60"."""
+    found = []
+    for key in sorted(theirs.keys() | mine.keys()):
+        old, new, name = theirs.get(key), mine.get(key), prefix + key.replace("_", "-")
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name} is {old}, not {new}")
+    return found
 
 
 def _reason(cause: Exception) -> str:
@@ -150,6 +170,10 @@ def train_run(settings: RunSettings, run: Location, config: MQWenConfig, feed: F
         trainer.fit()
     except ray.train.WorkerGroupError as error:
         raise TrainingError(error.worker_failures) from error
+    except SystemExit as error:
+        if error.code in (0, 1):  # so Ray Train's own handler of Ctrl-C ends, and what a signal raises in `ray.get`
+            raise KeyboardInterrupt from error
+        raise
     finally:
         forget()
     if (run / ENDED).exists():

@@ -13,11 +13,13 @@ from ray.job_submission import JobDetails
 from mqwen.storage import Location
 from mqwen.train import checkpoint
 from mqwen.train.checkpoint import CheckpointError
+from mqwen.train.claim import Driver, drivers
 from mqwen.train.provenance import Start, last_start
 from mqwen.train.records import REPORT
 from mqwen.train.run import SETTINGS
 
-State = Literal["finished", "running", "failed", "stopped"]
+# unknown: its driver was on another machine, and Ray was not asked or does not know it.
+State = Literal["finished", "running", "failed", "stopped", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,22 @@ def _status(run: Location, jobs: list[JobDetails]) -> RunStatus:
     loss = None
     with suppress(CheckpointError):  # a damaged one says nothing of its loss
         loss = checkpoint.read_commit(found[-1]).loss if found else None
-    state: State = "finished" if (run / REPORT).exists() else _state(start, jobs)
+    state: State = "finished" if (run / REPORT).exists() else _state(start, jobs, drivers(run))
     return RunStatus(run.name, state, saved[-1] if saved else 0, steps, loss, saved, start)
 
 
-def _state(start: Start | None, jobs: list[JobDetails]) -> State:
-    """What Ray says of the driver that started the run last. Ids repeat between clusters, so the time must fit too."""
+def _state(start: Start | None, jobs: list[JobDetails], holders: list[Driver]) -> State:
+    """What Ray says of the driver that started the run last, or its claim. Ids repeat between clusters, so the time
+    must fit too."""
     for job in jobs:
         driver = job.driver_info.id if job.driver_info else job.job_id
         if start and driver == start.job and _covers(job, datetime.fromisoformat(start.time).timestamp()):
             if job.status in ("RUNNING", "PENDING"):
                 return "running"
             return "failed" if job.status == "FAILED" else "stopped"
-    return "stopped"
+    if any(holder.here for holder in holders):
+        return "running"
+    return "unknown" if holders else "stopped"
 
 
 def _covers(job: JobDetails, time: float) -> bool:
