@@ -79,6 +79,9 @@ def _content_kind(content: Any) -> str:
     return "parts" if isinstance(content, list) else "text"
 
 
+Nothing = Annotated[list[Any], Field(max_length=0)]
+
+
 class SystemMessage(Strict):
     role: Literal["system", "developer"]
     content: str
@@ -98,10 +101,10 @@ class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: str
     refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Nothing | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Nothing | None = None
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
@@ -159,6 +162,10 @@ class ChatCompletionRequest(Strict):
 
     # Accepted where they ask for nothing that this server does not do.
     n: Literal[1] | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     # For the operator of a service, not for the model.
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -155,7 +155,9 @@ BAD: dict[str, tuple[Any, int, str | None, str]] = {
         "response_format.json_schema.name",
         "",
     ),
-    "tools": (body(tools=[]), 400, "tools", "Unknown parameter"),
+    "tools": (body(tools=[{"type": "function"}]), 400, "tools", "at most 0 items"),
+    "a tool": (body(tools=[], tool_choice="required"), 400, "tool_choice", "Input should be 'none' or 'auto'"),
+    "logit bias": (body(logit_bias={"5": 1}), 400, "logit_bias", "at most 0 items"),
     "stream is text": (body(stream="maybe"), 400, "stream", "boolean"),
     "stream_options alone": (body(stream=False, stream_options={}), 400, None, "'stream' is true"),
     "http url": (image("http://example.com/a.png"), 400, URL, "not fetched"),
@@ -260,6 +262,7 @@ def test_after_all_of_them_a_good_request_is_answered(post: Callable[..., httpx.
 RECEIVED = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, "tool_calls": None}
 GOOD: dict[str, dict[str, Any]] = {
     "neutral parameters": body(n=1, logprobs=False, presence_penalty=0, frequency_penalty=0.0, user="u", store=False),
+    "no tools": body(tools=[], tool_choice="none", parallel_tool_calls=True, logit_bias={}),
     "all sampling": body(top_k=5, min_p=0.1, repetition_penalty=1.2, presence_penalty=1, frequency_penalty=-1),
     "a reply sent back": body(messages=[*ASKED, RECEIVED, *ASKED]),
     "text format": body(response_format={"type": "text"}),
