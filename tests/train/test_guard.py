@@ -39,7 +39,7 @@ def train_guarded(
 ) -> tuple[list[StepRecord], dict[int, dict[str, Any]], str, list[str]]:
     """Records, the state after each step, what was printed, and the keys of the second step's samples."""
     strategy, states, records = fresh_strategy(settings), dict[int, dict[str, Any]](), list[StepRecord]()
-    guard, clip = Guard(settings.guard, run_of(settings)), strategy.step
+    guard, clip = Guard(settings.guard, settings.optimizer.clip, run_of(settings)), strategy.step
 
     def step(accepts: Callable[[float], bool]) -> float:
         poison(strategy, len(records) + 1)
@@ -102,7 +102,7 @@ def test_a_gradient_that_is_no_number_changes_nothing(ranks: Ranks, settings: Ru
 def judge(
     rank: int, workers: int, settings: RunSettings, before: list[tuple[float, float]], steps: list[tuple[float, float]]
 ) -> list[bool | str]:
-    guard = Guard(settings.guard, locate(settings.runs) / "run", before)
+    guard = Guard(settings.guard, settings.optimizer.clip, locate(settings.runs) / "run", before)
     verdicts: list[bool | str] = []
     for number, (loss, norm) in enumerate(steps):
         try:
@@ -114,7 +114,7 @@ def judge(
 
 def test_a_spike_is_many_times_the_usual(ranks: Ranks, settings: RunSettings) -> None:
     usual = [(2.0, 1.0 + 0.01 * number) for number in range(FEWEST)]
-    spikes = [(21.0, 1.0), (2.0, 12.0), (19.0, 1.0), (2.0, 9.0), (math.inf, 1.0), (2.0, 1.0)]
+    spikes = [(21.0, 1.1), (2.0, 12.0), (19.0, 1.1), (2.0, 9.0), (math.inf, 1.0), (2.0, 1.0)]
     expected = [False, False, True, True, False, True]
     assert ranks.run(1, judge, settings, usual, spikes) == [expected]
     # A run that goes on knows what was usual, and a fresh one sees no spike in its first steps.
@@ -122,6 +122,8 @@ def test_a_spike_is_many_times_the_usual(ranks: Ranks, settings: RunSettings) ->
     assert ranks.run(1, judge, settings, usual[1:], spikes[:1]) == [[True]]
     never = replace(settings, guard=GuardSettings(spike=0))
     assert ranks.run(1, judge, never, usual, spikes) == [[True, True, True, True, False, True]]
+    learned = [(0.001, 0.01)] * FEWEST  # a gradient that clipping lets through whole does no harm
+    assert ranks.run(1, judge, settings, learned, [(0.1, settings.optimizer.clip), (0.1, 1.1)]) == [[True, False]]
 
 
 def test_too_many_end_the_run_with_the_samples(ranks: Ranks, settings: RunSettings) -> None:

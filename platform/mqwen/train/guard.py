@@ -40,10 +40,13 @@ class Seen:
 
 
 class Guard:
-    """Every rank makes one and calls it equally often. `before` are the losses and norms of the last steps, if any."""
+    """Every rank makes one and calls it equally often. `clip` is the largest norm that changes the weights as it is;
+    `before` are the losses and norms of the last steps, if any."""
 
-    def __init__(self, settings: GuardSettings, run: Location, before: Iterable[tuple[float, float]] = ()) -> None:
-        self._settings, self._run = settings, run
+    def __init__(
+        self, settings: GuardSettings, clip: float, run: Location, before: Iterable[tuple[float, float]] = ()
+    ) -> None:
+        self._settings, self._clip, self._run = settings, clip, run
         self._recent = deque[Seen](maxlen=RECENT)
         for loss, norm in before:
             self._recent.append(Seen(loss, norm, self._reason(loss, norm) is not None))
@@ -83,7 +86,8 @@ class Guard:
             if not math.isfinite(value):
                 return f"its {name} is {value}"
         good = [seen for seen in self._recent if not seen.left_out]
-        if not self._settings.spike or len(good) < FEWEST:
+        # A model that has learned nearly all has losses near nothing, of which the next hard sample's is many times.
+        if not self._settings.spike or len(good) < FEWEST or norm <= self._clip:
             return None
         medians = {
             "loss": (loss, statistics.median(seen.loss for seen in good)),

@@ -146,7 +146,8 @@ class ParallelSettings:
 @dataclass(frozen=True)
 class GuardSettings:
     """A step whose loss or gradient norm is no number, or more than `spike` times the median of the last hundred
-    steps' (0 sees none), is left out. The run stops where more than `most` of them were.
+    steps' (0 sees none), is left out, but for those whose gradient `optimizer.clip` lets through whole. The run stops
+    where more than `most` of them were.
     """
 
     spike: float = 10.0

@@ -134,7 +134,7 @@ def _train(task: Task) -> None:
     if device.type == "cuda":
         saver.make_room(strategy.state())
     watchdog = Watchdog(task.run, rank, settings.parallel.hang_timeout)
-    guard = Guard(settings.guard, task.run, _recent(task.run, progress))
+    guard = Guard(settings.guard, settings.optimizer.clip, task.run, _recent(task.run, progress))
     notice = Notice()
     saved = progress
 
