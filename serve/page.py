@@ -124,7 +124,8 @@ def picture_part(path: str) -> dict[str, Any]:
 
 
 def earlier(message: dict[str, Any]) -> dict[str, Any]:
-    """A turn of Gradio's history as OpenAI's message."""
+    """A turn of Gradio's history as OpenAI's message. Of answers it keeps no outer blank lines, no tabs and no
+    indentation that all lines share."""
     content = message["content"] if isinstance(message["content"], list) else [message["content"]]
     texts = [one if isinstance(one, str) else one["text"] for one in content if isinstance(one, str) or "text" in one]
     if message["role"] == "assistant":

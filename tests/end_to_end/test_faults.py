@@ -96,8 +96,8 @@ def test_who_takes_a_killed_workers_place_was_ready(place: Place) -> None:
         workers_of(place)[-1].kill()
         read_until(process, r"resumed from \S+ with 2 workers")
         read_until(process, r"step \d+/")
-        known = workers_of(place, *spares.OWN, "SplitCoordinator", "ReadWindows")
-        assert len(known) >= 2 + len(spares.OWN) + 1
+        known = workers_of(place, *spares.OWN, "ReadWindows")
+        assert len(known) >= 2 + len(spares.OWN)
         assert [one for one in known if one.create_time() > killed] == []
         process.terminate()
 

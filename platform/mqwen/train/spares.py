@@ -3,8 +3,8 @@
 Starting Python, torch and transformers takes most of a restart. So on each node a rank has processes prepared that wait
 with all imported that the run's first ones had imported by then, and Ray takes them when it starts the next workers
 there: as many as there are ranks, and as many for reading as windows are read first, because those that read for the
-lost group end with it. Rank 0 asks for one more of each, for what begins the reading, and for as many as Ray Train
-needs for a group's own actors.
+lost group end with it. Rank 0 asks for one more of these, for what lists the windows, and for as many as a group has
+actors of its own, on the nodes where they are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KEPT = 24 * 3600  # seconds
 TOLD = 2.0  # seconds in which a process has written down what it has imported
 ANSWER = 10.0  # seconds
 WINDOWS = 2  # a rank's, read at once
-OWN = {"SynchronizationActor", "DatasetManager", "PreemptionWatcher"}  # Ray Train's, of each group
+OWN = {"SynchronizationActor", "DatasetManager", "PreemptionWatcher", "SplitCoordinator"}  # actors of each group
 MARK = "MQWEN_SPARES"
 READERS = "MQWEN_SPARES_READERS"
 
@@ -89,7 +89,7 @@ def _ask(ranks: int, first: bool) -> None:
     me = ray.get_runtime_context()
     here, mine = me.get_node_id(), me.get_runtime_env_string()
     # In the order in which a group needs them: the next one may be lost before all are there.
-    wanted = Counter({(here, mine): ranks + first})
+    wanted = Counter({(here, mine): ranks})
     if first:
         wanted.update(_actors())
     wanted[here, _for_reading(mine)] += WINDOWS * ranks + first
@@ -116,7 +116,7 @@ def _for_reading(runtime_env: str) -> str:
 
 
 def _actors() -> Counter[tuple[str, str]]:
-    """Node and runtime environment of those actors of this job that Ray Train starts for each group, and how many."""
+    """Node and runtime environment of those actors of this job that are started for each group, and how many."""
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     table = ray._private.state.state._connect_and_get_accessor().get_actor_table(job, "ALIVE")
     actors = [ActorTableData.FromString(one) for one in table]
