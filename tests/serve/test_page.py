@@ -150,7 +150,7 @@ def test_stop_ends_the_generation(page: Page, driver: Executor) -> None:
     before = driver.submit(stats).result()
     page.get_by_label("API key").fill(KEY)
     page.locator("input[type=range]").fill("2")  # of random weights, the longest answers
-    # Short answers leave no time to look for the button: it is pressed by itself, once the answer's first word is there.
+    # Short answers leave no time to look for the button: the page presses it when the answer's first word is there.
     page.evaluate(
         """() => new MutationObserver(() => {
             const answers = [...document.querySelectorAll('.bot.message, .message.bot')].map(one => one.innerText)
