@@ -56,7 +56,6 @@ def main() -> None:
     # Whatever the dataset is: it need not be there yet.
     replace(settings, data=replace(settings.data, dataset="any", mixture={})).check()
     card, found = CARDS[plan.kind], estimate(settings, sizes(plan.recipe, settings), plan.load)
-
     table = Table("in memory", "GiB", title=f"{plan.recipe} on {plan.gpus} {plan.kind}, each")
     for what, size in found.memory.items():
         table.add_row(what, f"{size / 2**30:.2f}")

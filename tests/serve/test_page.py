@@ -154,8 +154,11 @@ def test_stop_ends_the_generation(page: Page, driver: Executor) -> None:
     page.evaluate(
         """() => new MutationObserver(() => {
             const answers = [...document.querySelectorAll('.bot.message, .message.bot')].map(one => one.innerText)
-            if (answers.length === window.asked && !/^(Loading content)?$/.test(answers.at(-1).trim()))
-                document.querySelector('.stop-button')?.click()
+            const stop = document.querySelector('.stop-button')
+            if (stop && answers.length === window.asked && !/^(Loading content)?$/.test(answers.at(-1).trim())) {
+                window.asked = null
+                stop.click()
+            }
         }).observe(document.body, {childList: true, subtree: true, characterData: true})"""
     )
     aborted = 0
