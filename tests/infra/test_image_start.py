@@ -93,7 +93,7 @@ def end_all_of(user: str) -> None:
 
 @contextmanager
 def image(name: str) -> Iterator[Image]:
-    """Built: what the Dockerfile copies is there, and its RUN has installed."""
+    """Built: what the Dockerfile copies is there, but for what .dockerignore keeps out, and its RUN has installed."""
     user = f"mqwen-{name}"
     subprocess.run(["useradd", "--system", "--create-home", "--base-dir", "/tmp", user], check=True)
     made = Image(Path(pwd.getpwnam(user).pw_dir), user)
@@ -103,8 +103,10 @@ def image(name: str) -> Iterator[Image]:
             for source in sources:
                 place = Path(made.place(target)) / (Path(source).name if target.endswith("/") else "")
                 place.parent.mkdir(parents=True, exist_ok=True)
-                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
-                copy(ROOT / source, place)
+                if (ROOT / source).is_dir():
+                    shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+                else:
+                    shutil.copy(ROOT / source, place)
         (made.home / "opt").mkdir()
         made.own()
         began = time.monotonic()
