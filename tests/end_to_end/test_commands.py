@@ -113,13 +113,9 @@ def test_the_metrics_are_those_of_the_runs_file(
     for field in ("step", "loss", "learning_rate", "gradient_norm", "mfu", "goodput"):
         assert seen(field)
         assert seen(field) <= {record[field] for record in records}
-    for field in ("positions", "tokens", "images"):
-        # What came out is the sum up to some step. A busy machine's agent of Ray loses a worker's report now and then,
-        # and with it what was added by two steps or three: no sum that follows has it.
-        sums = [0, *accumulate(record[field] for record in records)]
-        lost = {sums[n + more] - sums[n] for more in range(4) for n in range(len(sums) - more)}
+    for field in ("positions", "tokens", "images"):  # what came out is the sum up to some step
         assert seen(f"{field}_total")
-        assert seen(f"{field}_total") <= {known - less for known in sums for less in lost}
+        assert seen(f"{field}_total") <= set(accumulate(record[field] for record in records))
     assert max(seen("step_seconds_count")) in range(1, STEPS + 1)
     assert seen("memory_bytes") <= {record["memory"] for record in records}
     assert seen("held_out_loss") <= {one["loss"] for one in read_evaluations(locate(place.runs) / "first")}

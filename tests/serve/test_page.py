@@ -169,7 +169,8 @@ def test_stop_ends_the_generation(page: Page, driver: Executor) -> None:
         deadline = time.monotonic() + 30
         while (after := driver.submit(stats).result())["running"] + after["waiting"]:
             assert time.monotonic() < deadline
-        aborted = after["aborted"] - before["aborted"]
+        aborted, finished = (after[name] - before[name] for name in ("aborted", "finished"))
+        assert aborted + finished == asked
         if aborted:
             break
     assert aborted

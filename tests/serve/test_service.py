@@ -391,10 +391,13 @@ def test_a_client_that_leaves_aborts_its_generation(url: str, cluster: Executor,
             request.cancel()
 
     async def main() -> None:
-        for _ in range(20):  # where others compute, an answer can be complete before anybody sees that its client left
+        for left in range(1, 21):  # where others compute, an answer can be complete before its client is seen to leave
             await leave()
             await until(ask, lambda stats: stats["running"] == stats["waiting"] == 0)
-            if (await ask())["aborted"] > before["aborted"]:
+            after = await ask()
+            aborted, finished = (after[name] - before[name] for name in ("aborted", "finished"))
+            assert aborted + finished == left
+            if aborted:
                 return
         pytest.fail("20 clients left, and none of their generations was aborted")
 

@@ -84,9 +84,8 @@ def _begin(run: Location, settings: RunSettings, config: MQWenConfig, processor:
             f"run {run} exists with other settings ({', '.join(other)}); give another --name to start a new run, or "
             "the same settings to continue it"
         )
-    if (
-        other or theirs is None
-    ):  # of a start that was refused, or ended before its first checkpoint, nothing needs to stay
+    # Of a start that was refused, or ended before its first checkpoint, nothing needs to stay.
+    if other or theirs is None:
         (run / "model").delete()
         with tempfile.TemporaryDirectory() as local:
             config.save_pretrained(local)
