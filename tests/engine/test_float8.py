@@ -10,15 +10,15 @@ pytest.importorskip("triton")
 
 from mqwen.engine import float8
 from mqwen.engine.cuda import network, products8
-from mqwen.engine.cuda.network8 import TILES, Float8Network
-from mqwen.engine.cuda.products import rows_product
+from mqwen.engine.cuda.network8 import FEW8, Float8Network
+from mqwen.engine.cuda.products import gated_product, product, rows_product
 from mqwen.engine.cuda.products8 import many_product
 from mqwen.engine.engine import Engine, EngineSettings
 from mqwen.engine.float8 import Float8Linear, is_float8, to_float8
 from mqwen.engine.request import Request
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.float8 import LAYERS
-from tests.engine.test_cuda_kernels import DEVICE, DTYPE, close, some
+from tests.engine.test_cuda_kernels import DEVICE, DTYPE, EPS, close, norm, some
 from tests.engine.test_cuda_network import CONFIG
 
 
@@ -57,12 +57,39 @@ def test_a_layer() -> None:
     assert len(others) == len(LAYERS) * CONFIG.num_hidden_layers
 
 
+def drawn() -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
+    """Two weights in 8 bits, and what they stand for."""
+    weights = [float8.in_8_bits(some(80, 96, scale=0.1)) for _ in range(2)]
+    return [(values, scales.flatten()) for values, scales in weights], [
+        (values.float() * scales).to(DTYPE) for values, scales in weights
+    ]
+
+
+def test_one_row() -> None:
+    torch.manual_seed(0)
+    (weight, gate), (w, g) = drawn()
+    x, gain, bias, residual, out = some(1, 96), some(96), some(80), some(1, 80), some(1, 80)
+    normed = norm(x, gain)
+    close(product(x, weight, out, bias=bias, gain=gain, eps=EPS, block_k=32), normed @ w.T + bias)
+    close(product(x, weight, out, residual=residual, block_k=64), residual + x @ w.T)
+    close(gated_product(x, weight, gate, gain, out, EPS, block_k=32), (normed @ w.T) * F.silu(normed @ g.T))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_inputs_in_float16(size: float) -> None:
+    """Bfloat16's inputs go through float16, whose range is smaller."""
+    torch.manual_seed(0)
+    (weight, _), (w, _) = drawn()
+    x = some(16, 96, scale=size).bfloat16()
+    found = rows_product(x, weight, torch.empty(16, 80, device=DEVICE, dtype=torch.bfloat16), block_k=32).float()
+    expected = x.float() @ w.float().T
+    assert (found - expected).norm() < 5e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_few_rows(rows: int) -> None:
     torch.manual_seed(rows)
-    weights = [float8.in_8_bits(some(80, 96, scale=0.1)) for _ in range(2)]
-    weight, gate = [(values, scales.flatten()) for values, scales in weights]
-    w, g = [(values.float() * scales).to(DTYPE) for values, scales in weights]
+    (weight, gate), (w, g) = drawn()
     x, bias, residual, out = some(rows, 96), some(80), some(rows, 80), some(rows, 80)
     close(rows_product(x, weight, out, bias=bias, block_k=32), x @ w.T + bias)
     close(rows_product(x, weight, out, residual=residual, block_k=64), x @ w.T + residual)
@@ -106,7 +133,7 @@ def test_the_network(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
             expected = expected + block.mlp(block.ln_2(expected))
         expected = reference.transformer.ln_f(expected)
         if rows <= 16:
-            found = ours._one(x, attention) if rows == 1 else ours._few(x, attention, TILES)
+            found = ours._one(x, attention) if rows == 1 else ours._few(x, attention, FEW8)
             close(found, reference.lm_head(expected))
         else:
             close(ours._many(x.clone(), attention), expected)

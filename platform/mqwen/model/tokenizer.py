@@ -9,6 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -88,7 +89,7 @@ class MQWenTokenizer(PreTrainedTokenizer):
         """Ids that mean something: ranks and control tokens. A model's embedding may have more rows."""
         return len(self._ranks) + len(CONTROL_TOKENS)
 
-    @property
+    @cached_property
     def longest_token(self) -> int:
         """Bytes of the longest rank: n bytes of text make n / longest_token tokens or more."""
         return max(map(len, self._ranks))

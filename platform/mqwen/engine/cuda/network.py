@@ -26,7 +26,13 @@ Tiles = dict[str, tuple[int, ...]]
 
 # Measured on an H200 with Qwen-1.8B: outputs of a program, inputs of a step of it, warps, steps loaded ahead, and
 # inputs whose weights are asked for before the kernel begins.
-ONE = {"qkv": (4, 1024, 4), "mixed": (8, 2048, 4), "gate": (2, 2048, 4), "down": (4, 2048, 8), "head": (2, 2048, 4)}
+ONE: Tiles = {
+    "qkv": (4, 1024, 4),
+    "mixed": (8, 2048, 4),
+    "gate": (2, 2048, 4),
+    "down": (4, 2048, 8),
+    "head": (2, 2048, 4),
+}
 FEW: Tiles = {
     "qkv": (32, 128, 4, 4, 256),
     "mixed": (16, 256, 2, 4, 256),
@@ -62,6 +68,7 @@ class Layer:
         self.up, self.gate = self.both.chunk(2)
         block.mlp.w1.weight.data, block.mlp.w2.weight.data = self.up, self.gate
         self.down = block.mlp.c_proj.weight.data
+        self.width = len(self.up)
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,11 @@ class Tables:
 class Network:
     """cache: keys and values of each layer, (blocks, H, size, D) each."""
 
+    layer: Any = Layer
+    one = ONE
+
     def __init__(self, model: MQWenLMHeadModel, cache: list[tuple[Tensor, Tensor]], tables: Tables) -> None:
-        self._layers = [Layer(block) for block in model.transformer.h]
+        self._layers = [self.layer(block) for block in model.transformer.h]
         self._embedding, self._head = model.transformer.wte.weight.data, model.lm_head.weight.data
         self._norm, self._eps = model.transformer.ln_f.weight.data, model.config.layer_norm_epsilon
         self._forbidden = model.config.image_token_id  # it would ask for a picture in the next step
@@ -152,15 +162,15 @@ class Network:
         """The norm is part of the product that follows, and each kernel reads its weights while its input is made."""
 
         def tile(name: str) -> dict[str, Any]:
-            n, k, warps = ONE[name]
+            n, k, warps = self.one[name]
             return {"block_n": n, "block_k": k, "warps": warps, "overlap": OVERLAP}
 
         for place, layer in enumerate(self._layers):
-            qkv = x.new_empty(1, len(layer.qkv))
+            qkv = x.new_empty(1, len(layer.bias))
             product(x, layer.qkv, qkv, bias=layer.bias, gain=layer.norm_1, eps=self._eps, **tile("qkv"))
             mixed = attention(qkv, place)
             x = product(mixed, layer.mixed, torch.empty_like(x), residual=x, **tile("mixed"))
-            wide = x.new_empty(1, len(layer.up))
+            wide = x.new_empty(1, layer.width)
             gated_product(x, layer.up, layer.gate, layer.norm_2, wide, self._eps, **tile("gate"))
             x = product(wide, layer.down, torch.empty_like(x), residual=x, **tile("down"))
         logits = x.new_empty(1, len(self._head))
@@ -175,11 +185,11 @@ class Network:
 
         for place, layer in enumerate(self._layers):
             normed = add_norm(x, None, layer.norm_1, torch.empty_like(x), self._eps, OVERLAP)
-            qkv = rows_product(normed, layer.qkv, x.new_empty(rows, len(layer.qkv)), bias=layer.bias, **tile("qkv"))
+            qkv = rows_product(normed, layer.qkv, x.new_empty(rows, len(layer.bias)), bias=layer.bias, **tile("qkv"))
             mixed = attention(qkv, place)
             x = rows_product(mixed, layer.mixed, torch.empty_like(x), residual=x, **tile("mixed"))
             normed = add_norm(x, None, layer.norm_2, normed, self._eps, OVERLAP)
-            wide = rows_product(normed, layer.up, x.new_empty(rows, len(layer.up)), gate=layer.gate, **tile("gate"))
+            wide = rows_product(normed, layer.up, x.new_empty(rows, layer.width), gate=layer.gate, **tile("gate"))
             x = rows_product(wide, layer.down, torch.empty_like(x), residual=x, **tile("down"))
         normed = add_norm(x, None, self._norm, torch.empty_like(x), self._eps, OVERLAP)
         return rows_product(normed, self._head, x.new_empty(rows, len(self._head)), **tile("head"))
@@ -193,7 +203,7 @@ class Network:
             if last is not None and gain is self._norm:  # nothing needs more of the others than keys and values
                 mixed, x, normed = mixed[last], x[last], normed[: len(last)]
             add_norm(x.addmm_(mixed, layer.mixed.t()), None, layer.norm_2, normed, self._eps)
-            wide = silu_mul(F.linear(normed, layer.both), x.new_empty(len(x), len(layer.up)))
+            wide = silu_mul(F.linear(normed, layer.both), x.new_empty(len(x), layer.width))
             add_norm(x.addmm_(wide, layer.down.t()), None, gain, normed, self._eps)
         return normed
 

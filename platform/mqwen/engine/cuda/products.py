@@ -1,15 +1,29 @@
 """Products of one row and of few rows with weights, bound by the memory's speed: what stands around them is fused in.
 
 Where `overlap` is set, a kernel begins while the one before it still works, asks for its weights, and only then waits
-for its inputs (programmatic dependent launch). Shapes: M rows, K inputs, N outputs. Sums are float32.
+for its inputs (programmatic dependent launch). Weights in 8 bits are widened to float16, two by an instruction; to
+bfloat16 it would take more time than the memory. Shapes: M rows, K inputs, N outputs. Sums are float32.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+Weight8 = tuple[Tensor, Tensor]
+"""(N, K) in 8 bits, and the scale (N,) of each output, float32: see mqwen.engine.float8."""
+
+LINE = tl.constexpr(64)  # numbers of two bytes that the cache takes at once
+LOWERED = tl.constexpr(2.0**-3)  # inputs in float16 then reach to 5e5, and are as exact as in bfloat16 from 1e-4 on
+LARGEST = tl.constexpr(65504.0)  # of float16
+
+
+def parts(weight: Tensor | Weight8 | None) -> tuple[Tensor | None, Tensor | None]:
+    """Values and scales."""
+    return weight if isinstance(weight, tuple) else (weight, None)
 
 
 @triton.jit
@@ -27,16 +41,26 @@ def _scale(x, eps, K: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _wide(pointers, inside, SCALED: tl.constexpr):
+    w = tl.load(pointers, mask=inside, other=0.0)
+    if SCALED:
+        w = w.to(tl.float16)
+    return w.to(tl.float32)
+
+
+@triton.jit
 def _product_kernel(
-    x, weight, bias, gain, residual, out, eps, N,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    x, weight, scales, bias, gain, residual, out, eps, N,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < N
     rows = weight + n[:, None].to(tl.int64) * K
     k = tl.arange(0, BLOCK_K)
-    w = tl.load(rows + k[None, :], mask=there[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    w = _wide(rows + k[None, :], there[:, None] & (k < K)[None, :], SCALED)
+    if SCALED:
+        factors = tl.load(scales + n, mask=there, other=0.0)
     if BIAS:
         added = tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
     if OVERLAP:  # the weights are on their way while the kernel before still works on x
@@ -51,13 +75,15 @@ def _product_kernel(
     sums = a[None, :] * w  # summed over K at the end, across threads
     for start in range(BLOCK_K, K, BLOCK_K):
         at = start + k
-        w = tl.load(rows + at[None, :], mask=there[:, None] & (at < K)[None, :], other=0.0).to(tl.float32)
+        w = _wide(rows + at[None, :], there[:, None] & (at < K)[None, :], SCALED)
         if NORM:  # noqa: SIM108  # Triton compiles one of the two
             a = _normed(x, gain, at, at < K, scale)
         else:
             a = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
         sums += a[None, :] * w
     result = tl.sum(sums, 1)
+    if SCALED:
+        result *= factors
     if BIAS:
         result += added
     if RESIDUAL:
@@ -66,32 +92,37 @@ def _product_kernel(
 
 
 def product(
-    x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, gain: Tensor | None = None,
+    x: Tensor, weight: Tensor | Weight8, out: Tensor, bias: Tensor | None = None, gain: Tensor | None = None,
     residual: Tensor | None = None, eps: float = 0.0, block_n: int = 4, block_k: int = 2048, warps: int = 4,
     overlap: bool = False,
 ) -> Tensor:  # fmt: skip
     """out (1, N) = norm(x) (1, K) @ weight (N, K)^T + bias + residual; norm where `gain` is given."""
-    outputs, width = weight.shape
+    values, scales = parts(weight)
+    outputs, width = values.shape
     _product_kernel[(triton.cdiv(outputs, block_n),)](
-        x, weight, bias, gain, residual, out, eps, outputs, width, block_n, block_k, triton.next_power_of_2(width),
-        gain is not None, bias is not None, residual is not None, overlap, num_warps=warps,
-        **({"launch_pdl": True} if overlap else {}),
+        x, values, scales, bias, gain, residual, out, eps, outputs, width, block_n, block_k,
+        triton.next_power_of_2(width), scales is not None, gain is not None, bias is not None, residual is not None,
+        overlap, num_warps=warps, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _gate_kernel(
-    x, up, gate, gain, out, eps, N,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
+    x, up, up_scales, gate, gate_scales, gain, out, eps, N,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < N
     k = tl.arange(0, BLOCK_K)
     rows = n[:, None].to(tl.int64) * K
     here = there[:, None] & (k < K)[None, :]
-    u = tl.load(up + rows + k[None, :], mask=here, other=0.0).to(tl.float32)
-    w = tl.load(gate + rows + k[None, :], mask=here, other=0.0).to(tl.float32)
+    u = _wide(up + rows + k[None, :], here, SCALED)
+    w = _wide(gate + rows + k[None, :], here, SCALED)
+    if SCALED:
+        up_factors = tl.load(up_scales + n, mask=there, other=0.0)
+        gate_factors = tl.load(gate_scales + n, mask=there, other=0.0)
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -101,32 +132,30 @@ def _gate_kernel(
     for start in range(BLOCK_K, K, BLOCK_K):
         at = start + k
         here = there[:, None] & (at < K)[None, :]
-        u = tl.load(up + rows + at[None, :], mask=here, other=0.0).to(tl.float32)
-        w = tl.load(gate + rows + at[None, :], mask=here, other=0.0).to(tl.float32)
+        u = _wide(up + rows + at[None, :], here, SCALED)
+        w = _wide(gate + rows + at[None, :], here, SCALED)
         a = _normed(x, gain, at, at < K, scale)
         ups += a[None, :] * u
         gates += a[None, :] * w
     raised, gated = tl.sum(ups, 1), tl.sum(gates, 1)
+    if SCALED:
+        raised, gated = raised * up_factors, gated * gate_factors
     tl.store(out + n, (raised * gated * tl.sigmoid(gated)).to(out.dtype.element_ty), mask=there)
 
 
 def gated_product(
-    x: Tensor, up: Tensor, gate: Tensor, gain: Tensor, out: Tensor, eps: float,
+    x: Tensor, up: Tensor | Weight8, gate: Tensor | Weight8, gain: Tensor, out: Tensor, eps: float,
     block_n: int = 2, block_k: int = 2048, warps: int = 4, overlap: bool = False,
 ) -> Tensor:  # fmt: skip
-    """out (1, N) = (norm(x) @ up^T) * silu(norm(x) @ gate^T)."""
-    outputs, width = up.shape
+    """out (1, N) = (norm(x) @ up^T) * silu(norm(x) @ gate^T). up and gate are of one kind."""
+    (raising, raised), (gating, gated) = parts(up), parts(gate)
+    outputs, width = raising.shape
     _gate_kernel[(triton.cdiv(outputs, block_n),)](
-        x, up, gate, gain, out, eps, outputs, width, block_n, block_k, triton.next_power_of_2(width), overlap,
-        num_warps=warps, **({"launch_pdl": True} if overlap else {}),
+        x, raising, raised, gating, gated, gain, out, eps, outputs, width, block_n, block_k,
+        triton.next_power_of_2(width), raised is not None, overlap, num_warps=warps,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out
-
-
-Weight8 = tuple[Tensor, Tensor]
-"""(N, K) in 8 bits, and the scale (N,) of each output, float32: see mqwen.engine.float8."""
-
-LINE = tl.constexpr(64)  # numbers of two bytes that the cache takes at once
 
 
 @triton.jit
@@ -142,8 +171,8 @@ def _ask_for(pointers):
 def _rows_kernel(
     x, weight, scale, gate, gate_scale, bias, residual, out, M, N,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr,
-    GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-    AHEAD: tl.constexpr,
+    HALF: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < N
@@ -163,6 +192,8 @@ def _rows_kernel(
         at = start + k
         inside = at < K
         a = tl.load(x + m[:, None] * K + at[None, :], mask=(m < M)[:, None] & inside[None, :], other=0.0)
+        if HALF:
+            a = tl.clamp(a.to(tl.float32) * LOWERED, -LARGEST, LARGEST).to(tl.float16)
         w = tl.load(weight + rows + at[None, :], mask=inside[None, :], other=0.0)
         sums = tl.dot(a, tl.trans(w.to(a.dtype)), sums)
         if GATE:
@@ -170,11 +201,12 @@ def _rows_kernel(
             gates = tl.dot(a, tl.trans(g.to(a.dtype)), gates)
     if OVERLAP:  # not earlier: waiting programs would take the working ones' room
         gdc_launch_dependents()
+    raised: tl.constexpr = 1.0 / LOWERED if HALF else 1.0
     if SCALED:
-        sums = sums * tl.load(scale + n, mask=there, other=0.0)[None, :]
+        sums = sums * (tl.load(scale + n, mask=there, other=0.0) * raised)[None, :]
     if GATE:
         if SCALED:
-            gates = gates * tl.load(gate_scale + n, mask=there, other=0.0)[None, :]
+            gates = gates * (tl.load(gate_scale + n, mask=there, other=0.0) * raised)[None, :]
         sums = sums * gates * tl.sigmoid(gates)
     if BIAS:
         sums += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -196,13 +228,13 @@ def rows_product(
     before x is there.
     """
     rows = x.shape[0]
-    weight, scale = weight if isinstance(weight, tuple) else (weight, None)
-    gate, gate_scale = gate if isinstance(gate, tuple) else (gate, None)
-    outputs, width = weight.shape
+    (values, scales), (gating, gated) = parts(weight), parts(gate)
+    outputs, width = values.shape
+    half = scales is not None and x.dtype is torch.bfloat16
     _rows_kernel[(triton.cdiv(outputs, block_n),)](
-        x, weight, scale, gate, gate_scale, bias, residual, out, rows, outputs, width,
-        max(16, triton.next_power_of_2(rows)), block_n, block_k, scale is not None, gate is not None, bias is not None,
-        residual is not None, stages, overlap, ahead if ahead <= width else 0, num_warps=warps,
+        x, values, scales, gating, gated, bias, residual, out, rows, outputs, width,
+        max(16, triton.next_power_of_2(rows)), block_n, block_k, scales is not None, half, gate is not None,
+        bias is not None, residual is not None, stages, overlap, ahead if ahead <= width else 0, num_warps=warps,
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out
