@@ -25,7 +25,11 @@ LOGS = LoggingConfig(encoding="JSON")  # each line with the request's id
 def build(arguments: dict[str, Any]) -> Application:
     """The application: an ingress that speaks HTTP, and each model's replicas behind it. Raises SettingsError."""
     settings = Settings.from_arguments(arguments)
-    policy = Policy(key_hashes=settings.key_hashes(), **{name: getattr(settings, name) for name in OF_POLICY})
+    # What can be at work or in a queue. More would be refused after all, and each that waits for it costs the ingress
+    # 0.3 MB and its share of the time.
+    room = sum(one.max_replicas * one.max_ongoing_requests + one.max_queued_requests for one in settings.models())
+    own = {name: getattr(settings, name) for name in OF_POLICY}
+    policy = Policy(key_hashes=settings.key_hashes(), max_requests=room, **own)
     models = {
         one.model: (_replicas(one, number, settings.max_seconds), tuple(one.adapters))
         for number, one in enumerate(settings.models())

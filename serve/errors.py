@@ -63,15 +63,17 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, StarletteHTTPException):  # FastAPI's own: no such route or method, a body that is no JSON
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, BackPressureError):
-        return ApiError(
-            429, "The server is busy: its queue is full. Try again shortly.", code="queue_full", retry_after=1
-        )
+        return queue_full()
     if isinstance(error, UNAVAILABLE):
         return ApiError(
             503, "The replica that had this request has gone. Try again.", code="replica_gone", retry_after=1
         )
     logger.error("A request failed", exc_info=error)
     return ApiError(500, "The server failed on this request. Its log has the cause.", code="internal_error")
+
+
+def queue_full() -> ApiError:
+    return ApiError(429, "The server is busy: its queue is full. Try again shortly.", code="queue_full", retry_after=1)
 
 
 def add_error_handlers(app: FastAPI, model: str) -> None:

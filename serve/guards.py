@@ -1,4 +1,4 @@
-"""What stands before every route: the key and its limits, the size of the body and the time that it takes to come."""
+"""What stands before every route: the key and its limits, the room, the body's size and the time it takes to come."""
 
 import asyncio
 from typing import Protocol
@@ -6,7 +6,7 @@ from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError
+from serve.errors import ApiError, queue_full
 from serve.keys import known_hash
 from serve.limits import Refusal
 
@@ -30,8 +30,8 @@ class KeyCounter(Protocol):
 class Guards:
     """ASGI middleware.
 
-    hashes: SHA-256 of the keys that may enter; None lets everybody in. counter: None counts nothing. model: for
-    telemetry.
+    hashes: SHA-256 of the keys that may enter; None lets everybody in. counter: None counts nothing. max_requests: at
+    once, None for any number. model: for telemetry.
     """
 
     def __init__(
@@ -42,30 +42,49 @@ class Guards:
         hashes: frozenset[str] | None,
         max_body_bytes: int,
         counter: KeyCounter | None = None,
+        max_requests: int | None = None,
         body_seconds: float = BODY_SECONDS,
     ) -> None:
         self._app, self._model, self._hashes, self._counter = app, model, hashes, counter
         self._max_body_bytes, self._body_seconds = max_body_bytes, body_seconds
+        self._max_requests, self._requests = max_requests, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in PUBLIC:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        request = uuid4().hex
         try:
             self._check_length(headers)
             key = scope[KEY] = self._key(headers)
+            if self._max_requests is not None and self._requests >= self._max_requests:
+                raise queue_full()
+        except ApiError as refusal:
+            await self._refuse(refusal, scope, receive, send)
+            return
+        self._requests += 1
+        try:
+            await self._counted(key, scope, receive, send)
+        finally:
+            self._requests -= 1
+
+    async def _counted(self, key: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """One of the requests of its key."""
+        request = uuid4().hex
+        try:
             await self._enter(key, request)
         except ApiError as refusal:
-            refusal.emit(self._model)
-            await refusal.response()(scope, receive, send)
+            await self._refuse(refusal, scope, receive, send)
             return
         try:
             await self._app(scope, self._limited(receive), send)
         finally:
             if self._counter is not None:
                 await self._counter.leave(key, request)
+
+    async def _refuse(self, refusal: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal.emit(self._model)
+        await refusal.response()(scope, receive, send)
 
     def _key(self, headers: dict[str, str]) -> str:
         if self._hashes is None:

@@ -33,11 +33,15 @@ REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 @dataclass(frozen=True)
 class Policy:
-    """What the HTTP side lets in, as settings.py has it. key_hashes: None lets everybody in."""
+    """What the HTTP side lets in, as settings.py has it. key_hashes: None lets everybody in.
+
+    max_requests: that an ingress has at once, None for any number.
+    """
 
     key_hashes: frozenset[str] | None
     max_body_bytes: int
     max_pictures: int
+    max_requests: int | None = None
     max_seconds: float = 600
     max_picture_bytes: int = 20 << 20
     picture_hosts: tuple[str, ...] = ()
@@ -71,7 +75,12 @@ def create_app(models: Mapping[str, Served], policy: Policy, counter: KeyCounter
     """models: by the names that clients give; errors that belong to none of them are the first one's in telemetry."""
     default = next(iter(models))
     guards = Middleware(
-        Guards, model=default, hashes=policy.key_hashes, max_body_bytes=policy.max_body_bytes, counter=counter
+        Guards,
+        model=default,
+        hashes=policy.key_hashes,
+        max_body_bytes=policy.max_body_bytes,
+        counter=counter,
+        max_requests=policy.max_requests,
     )
     # The scheme is for the document and its page at /docs; the guards have looked at the key already.
     scheme = Security(HTTPBearer(auto_error=False))

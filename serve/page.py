@@ -92,7 +92,10 @@ def interface(settings: PageSettings) -> Any:
         multimodal=True,
         title=settings.title,
         textbox=gr.MultimodalTextbox(
-            file_types=["image"], file_count="multiple", placeholder="Ask, and drop or paste pictures"
+            file_types=["image"],
+            file_count="multiple",
+            placeholder="Ask, and drop or paste pictures",
+            stop_btn=True,  # one that is given has none of itself
         ),
         additional_inputs=[
             gr.Textbox(label="API key", type="password", elem_id="key"),

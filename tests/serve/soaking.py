@@ -89,11 +89,11 @@ def load(artifact: Path, folder: Path, minutes: float) -> Table:
     table = Table()
     options = {"max_queued_requests": 64, "max_ongoing_requests": 32, "max_pixels": 1_000_000}
 
-    def held(service: Service) -> float:
-        """MB that the processes have for themselves through which requests go: proxies, ingress, replicas."""
+    def held(service: Service) -> dict[str, float]:
+        """MB that the processes have for themselves through which requests go: proxy, ingress, replica."""
         names = ("ray::ServeReplica", "ray::ProxyActor")
-        found = [one.pid for one in service.processes() if (one.cmdline() or [""])[0].startswith(names)]
-        return sum(map(anonymous_bytes, found)) / (1 << 20)
+        found = {(one.cmdline() or [""])[0].partition(".")[0]: one.pid for one in service.processes()}
+        return {name: anonymous_bytes(pid) / (1 << 20) for name, pid in found.items() if name.startswith(names)}
 
     async def main(service: Service, driver: Executor) -> None:
         async with connected(service.url) as client:
@@ -102,7 +102,7 @@ def load(artifact: Path, folder: Path, minutes: float) -> Table:
             await asyncio.sleep(min(20, minutes * 6))
             ended.set()
             capacity = len((await task).seconds) / min(20, minutes * 6)
-            outcomes, memory = Outcomes(), list[tuple[float, float]]()
+            outcomes, memory = Outcomes(), list[tuple[float, dict[str, float]]]()
             work = asyncio.create_task(open_loop(client, 1.5 * capacity, minutes * 60, outcomes))
             began = time.monotonic()
             while not work.done():
@@ -115,8 +115,8 @@ def load(artifact: Path, folder: Path, minutes: float) -> Table:
                 if not (found["running"] or found["waiting"] or found["kv_blocks_used"]):
                     break
                 await asyncio.sleep(0.2)
-        third = statistics.mean(value for at, value in memory if minutes * 18 <= at < minutes * 24)
-        last = statistics.mean(value for at, value in memory if at >= minutes * 54)
+        third = means([held for at, held in memory if minutes * 18 <= at < minutes * 24])
+        last = means([held for at, held in memory if at >= minutes * 54])
         table.add("capacity", "capacity, requests/s", round(capacity, 1))
         table.add("minutes", "minutes at 1.5 times that", minutes)
         table.add("sent", "requests sent", sent)
@@ -128,8 +128,10 @@ def load(artifact: Path, folder: Path, minutes: float) -> Table:
         table.add("finished", "generations finished", found["finished"])
         table.add("aborted", "generations aborted", found["aborted"])
         table.add("failed", "generations failed", found["failed"])
-        table.add("growth", "memory, last tenth over the fourth tenth", round(last / third, 3))
-        table.add("memory", "anonymous memory at the end, MB", round(last))
+        for name, held_then in third.items():
+            table.add(name, f"anonymous memory of {name}, fourth tenth and last, MB", (held_then, last[name]))
+        growth = sum(last.values()) / sum(third.values())
+        table.add("growth", "memory, last tenth over the fourth tenth", round(growth, 3))
         table.add("blocks", "KV blocks in use at the end", found["kv_blocks_used"])
         table.add("at_work", "requests at work at the end", found["running"] + found["waiting"])
 
@@ -137,6 +139,11 @@ def load(artifact: Path, folder: Path, minutes: float) -> Table:
     with running(folder / "log", arguments) as service, driving(service) as driver:
         asyncio.run(main(service, driver))
     return table
+
+
+def means(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Of each name, which all samples have."""
+    return {name: round(statistics.mean(one[name] for one in samples), 1) for name in samples[0]}
 
 
 def kill(artifact: Path, folder: Path, minutes: float) -> Table:

@@ -126,6 +126,30 @@ def test_two_ingresses_and_one_count() -> None:
     asyncio.run(main())
 
 
+def test_an_ingress_has_so_many_requests_at_once_and_no_more() -> None:
+    """Whoever they are of; probes are let in, and one that its key's limits refused takes no place."""
+
+    async def main() -> None:
+        slow, limits = Slow(), KeyLimits(Limits(requests_per_minute=None, concurrency=2, lease=60))
+        async with app(slow, limits, max_requests=3) as client:
+
+            def ask(key: str) -> asyncio.Task[httpx.Response]:
+                headers = {"Authorization": f"Bearer {key}"}
+                return asyncio.create_task(client.post("/v1/chat/completions", json=ASKED, headers=headers))
+
+            running = [ask("sk-a"), ask("sk-a")]
+            check_429(await ask("sk-a"), "concurrency_limit_exceeded")
+            running.append(ask("sk-b"))
+            check_429(await ask("sk-b"), "queue_full")
+            check_429(await client.post("/v1/chat/completions", content=b"{"), "queue_full")
+            assert (await client.get("/health")).status_code == 200
+            slow.let.set()
+            assert [one.status_code for one in await asyncio.gather(*running)] == [200] * 3
+            assert (await ask("sk-b")).status_code == 200
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_request_that_takes_too_long_is_ended(stream: bool) -> None:
     async def main() -> None:

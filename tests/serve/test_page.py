@@ -174,6 +174,13 @@ def test_stop_ends_the_generation(page: Page, driver: Executor) -> None:
         if aborted:
             break
     assert aborted
+    stopped = answers(page)
+    assert letters(stopped[-1])  # what came before Stop is kept
+    ask(page, "And now?")
+    wait_for_answers(page, asked + 1)
+    *before_it, second = answers(page)
+    assert before_it == stopped
+    assert letters(second)
     page.screenshot(path=SHOTS / "stopped.png", full_page=True)
 
 
