@@ -34,7 +34,7 @@ from pathlib import Path
 from mqwen.model import MQWenConfig
 from tests.benchmarks.h200.measure import attempt
 from tests.benchmarks.h200.whole_job import Job
-from tests.benchmarks.several import counts, replicas, trainings
+from tests.benchmarks.several import replicas, trainings
 from tests.benchmarks.several.job import NO_MULTICAST
 from tests.benchmarks.several.place import Place, made_place
 from tests.benchmarks.several.replicas import Talk
@@ -57,8 +57,7 @@ def works(part: str, place: Place, job: Job, talk: Talk, gpus: list[int]) -> Ite
             for count in gpus:
                 yield f"{part} {count}", lambda count=count: one(trainings.weak(place, job, part, count))
         case "digest":
-            for count in gpus:
-                yield f"{part} {count}", lambda count=count: one(trainings.same_samples(place, count))
+            yield part, partial(trainings.same_samples, place, gpus)
         case "serve":
             for count in gpus:
                 yield f"{part} {count}", partial(replicas.serve, place, talk, count)
@@ -110,6 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("serve needs --tokenizer, a folder with a qwen.tiktoken: tokens are to be words")
     job = Job.tiny() if given.tiny else Job(given.packs, passes=given.passes, steps=given.steps, samples=4096)
     if "plan" in given.parts:
+        from tests.benchmarks.several import counts  # it rests on torch's own tools, which other parts do not need
+
         for workers in PLANNED:
             plan = partial(counts.plan, TINY if given.tiny else MQWenConfig(), job, workers)
             measuring.measure(f"plan {workers}", lambda plan=plan: one(plan()))

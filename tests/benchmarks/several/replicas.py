@@ -32,8 +32,8 @@ class Talk:
     processes: int = 8
     length: int = 64
     out: int = 256
-    warm: float = 6.0
-    measured: float = 12.0
+    warm: float = 4.0
+    measured: float = 10.0
 
     @classmethod
     def tiny(cls) -> Talk:
@@ -48,7 +48,11 @@ def serve(place: Place, talk: Talk, count: int) -> Iterator[Case]:
     pictures = [_picture(processor.image_size, sigma) for sigma in range(20, 20 + PICTURES)]
     options: dict[str, Any] = {"checkpoint": str(place.folder / "artifact"), "name": NAME}
     options |= {"min_replicas": count, "max_replicas": count, "ingress_replicas": count}
-    options |= {"gpus": int(place.gpus > 0), "cpus": 1 if place.gpus else 0.25, "max_ongoing_requests": talk.clients}
+    options |= {
+        "gpus": int(place.gpus > 0),
+        "cpus": 1 if place.gpus else 0.25,
+        "max_ongoing_requests": talk.clients * 3 // 2,
+    }
     processes = talk.processes * count
     with running(options) as service, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         load = Load(

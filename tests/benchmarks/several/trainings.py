@@ -6,6 +6,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -155,19 +156,31 @@ def expected_digest(settings: RunSettings) -> str:
     return digest(plain_steps(stream, settings.data.rows_per_step, settings.steps))
 
 
-def same_samples(place: Place, workers: int) -> Case:
-    """The digest of a short run of the small model."""
-    settings = small(place, f"{workers} workers", workers)
-    settings = replace(settings, name=f"digest-{workers}")
-    seen = place.folder / f"seen-{workers}"
-    with run_folder(settings):
-        records = run(settings, place, seen=seen)
-    found = digest_of(settings, seen, records)
-    return case_of("digest", settings, place) | {
-        "digest": found,
-        "as_expected": found == expected_digest(settings),
-        "losses": [record["loss"] for record in records],
-    }
+def same_samples(place: Place, counts: list[int]) -> Iterator[Case]:
+    """The digests of a short run of the small model on so many workers each. All but the largest run beside each other,
+    where there are GPUs for them, as nobody times them."""
+    runs = [small(place, f"digest-{workers}", workers) for workers in sorted(counts)]
+    expected = expected_digest(runs[0])
+
+    def case(settings: RunSettings) -> Case:
+        seen = place.folder / f"seen-{settings.name}"
+        with run_folder(settings):
+            records = run(settings, place, seen=seen)
+        found = digest_of(settings, seen, records)
+        losses = [record["loss"] for record in records]
+        known = {"digest": found, "as_expected": found == expected, "losses": losses}
+        return case_of("digest", settings, place) | known
+
+    failures = list[BaseException]()
+    with ThreadPoolExecutor(len(runs) if place.gpus else 1) as threads:
+        for group in (runs[:-1], runs[-1:]):
+            for done in as_completed([threads.submit(case, settings) for settings in group]):
+                if failure := done.exception():
+                    failures.append(failure)
+                else:
+                    yield done.result()
+    if failures:
+        raise failures[0]
 
 
 def kill(place: Place, job: Job, workers: int) -> Case:
