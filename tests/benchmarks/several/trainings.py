@@ -220,16 +220,17 @@ def kill(place: Place, job: Job, workers: int) -> Case:
 def elastic(place: Place, workers: int) -> Case:
     """The small model's run on two nodes of this machine, which loses one, goes on with half of the workers, and takes
     all again some time after another node has come. Steps go on as long as that takes."""
-    half = workers // 2
+    half, cpus = workers // 2, max(2, cpus_per_worker())
     settings = small(place, f"elastic-{workers}", workers, steps=10**6)
     settings = replace(
         settings,
-        parallel=replace(settings.parallel, min_workers=half),
+        parallel=replace(settings.parallel, min_workers=half, cpus_per_worker=cpus),
         checkpoint=replace(settings.checkpoint, every=5),
     )
     seen = place.folder / "seen-elastic"
     gpus = half if place.gpus else 0
-    with run_folder(settings), nodes(half * cpus_per_worker() + 4, gpus) as found:
+    # What a node has beside its workers' CPUs reads for them, and is too little for one worker more.
+    with run_folder(settings), nodes(half * cpus + cpus - 1, gpus) as found:
         changing = Changing(found, workers, half)
         with suppress(EnoughError):
             run(settings, place, changing, seen, PAUSE, {"RAY_ADDRESS": found.address})
