@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 from mqwen.cluster import cluster
@@ -68,8 +69,11 @@ def position(progress: Progress) -> Position:
     return Position.after(progress.place) if progress.place else Position()
 
 
-def run_training(settings: RunSettings) -> None:
-    """Checks everything that can be known before, then trains on a cluster, until the budget is spent."""
+def run_training(settings: RunSettings, watched: Callable[[Feed], Feed] = lambda feed: feed) -> None:
+    """Checks everything that can be known before, then trains on a cluster, until the budget is spent.
+
+    `watched` may put between the stream and the workers what sees their rows.
+    """
     settings.check()
     config, processor = starting_point(settings)
     cost = cost_of(outline(settings, config))
@@ -91,7 +95,7 @@ def run_training(settings: RunSettings) -> None:
     with open_run(settings, config, processor) as run:
         try:
             with cluster(cpus):
-                train_run(settings, run, config, feed, cost)
+                train_run(settings, run, config, watched(feed), cost)
         except (KeyboardInterrupt, SystemExit):
             last = checkpoint.progress(run).step
             kept = f"its last checkpoint is of step {last}" if last else "it has no checkpoint yet"

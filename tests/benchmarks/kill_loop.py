@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,8 @@ from mqwen.train import checkpoint
 from mqwen.train.records import read_metrics
 from mqwen.train.run import SETTINGS
 from mqwen.training import reader_of
-from tests.benchmarks.restart import ROOT, empty_kill_to_next_step, training_workers
+from tests.benchmarks.killing import ROOT, Kills, follow
+from tests.benchmarks.restart import empty_kill_to_next_step
 from tests.benchmarks.result import write_result
 
 PAUSE = (20.0, 40.0)  # seconds
@@ -59,30 +59,19 @@ def train(
     command: list[str], environment: dict[str, str], kills: int, chance: random.Random
 ) -> tuple[float, list[float]]:
     """Seconds from the first step's end to the run's, and from each kill to the next step."""
-    first, killed, took, old = None, None, list[float](), set[int]()
-    with subprocess.Popen(
-        command, env=os.environ | environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        due, said = float("inf"), ""
-        for line in process.stdout:
-            said, now = said[-5000:] + line, time.monotonic()
-            if (pid := re.search(r"pid=(\d+).*step \d+/", line)) and int(pid[1]) not in old:
-                if first is None or killed is not None:
-                    due = now + chance.uniform(*PAUSE)
-                first = first or now
-                if killed is not None:
-                    took.append(now - killed)
-                    killed = None
-                    print(f"kill {len(took)}: {took[-1]:.1f} s", flush=True)
-            if now >= due and len(took) < kills and killed is None:
-                workers = training_workers()
-                old |= {one.pid for one in workers}
-                chance.choice(workers).kill()
-                killed = now
-    if process.returncode or first is None:
-        raise RuntimeError(f"{command} ended with {process.returncode}:\n{said}")
-    return time.monotonic() - first, took
+    pause = chance.uniform(*PAUSE)
+
+    def due(line: str, since: float) -> bool:
+        nonlocal pause
+        if since < pause:
+            return False
+        pause = chance.uniform(*PAUSE)
+        return True
+
+    killing = Kills(kills, due, chance.choice)
+    follow(command, environment, killing)
+    assert killing.began is not None
+    return time.monotonic() - killing.began, killing.took
 
 
 def weights(run: Location) -> dict[str, torch.Tensor]:

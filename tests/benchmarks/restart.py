@@ -15,19 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import tyro
 
 from mqwen.cluster import cluster
 from mqwen.data.sources.digits import vocabulary_texts
 from mqwen.model.vocabulary import VOCABULARY_FILE, train_vocabulary
+from tests.benchmarks.killing import ROOT, training_workers
 from tests.benchmarks.result import write_result
 
-ROOT = Path(__file__).parents[2]
 EMPTY = """
 import time
 from mqwen.cluster import cluster
@@ -52,16 +50,6 @@ with cluster(cpus=4):
 @dataclass(frozen=True)
 class Restart:
     rounds: int = 3
-
-
-def training_workers() -> list[psutil.Process]:
-    """Those of the cluster that this process has started."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended meanwhile
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 def kill_to_next_step(command: list[str], environment: dict[str, str], first: str, at_work: float = 0.0) -> float:

@@ -4,12 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 
 from mqwen.data.batch import Batch, unpack
 from mqwen.data.order import Position
 from mqwen.data.reader import WindowReader
 from mqwen.data.stream import Stream
+from mqwen.train.loop import Place
 
 Steps = list[list[Batch]]  # of each step its rows
 
@@ -52,14 +54,32 @@ def ranks_steps(
     return [sorted((row for rank in ranks for row in rank[step]), key=lambda row: row.place) for step in range(steps)]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A row that a loop received: its place, its samples' keys, and SHA-256 over all that it holds, as tensors."""
+
+    place: Place
+    keys: list[str]
+    sha256: str
+
+
+def see(row: Batch) -> Seen:
+    sha = hashlib.sha256()
+    sha.update(json.dumps([row.place, row.keys, row.quarantined, row.supervised, row.positions]).encode())
+    for name in sorted(row.inputs):
+        sha.update(f"{name} {row.inputs[name].dtype} {tuple(row.inputs[name].shape)}".encode())
+        sha.update(row.inputs[name].numpy().tobytes())
+    return Seen(row.place, row.keys, sha.hexdigest())
+
+
 def digest(steps: Steps) -> str:
-    """SHA-256 over, of each step, its sorted keys and what its packs hold, as tensors."""
+    return digest_seen([[see(row) for row in rows] for rows in steps])
+
+
+def digest_seen(steps: list[list[Seen]]) -> str:
+    """SHA-256 over, of each step, its sorted keys and its rows."""
     sha = hashlib.sha256()
     for step, rows in enumerate(steps):
         sha.update(json.dumps([step, sorted(key for row in rows for key in row.keys)]).encode())
-        for row in rows:
-            sha.update(json.dumps([row.place, row.keys, row.quarantined, row.supervised, row.positions]).encode())
-            for name in sorted(row.inputs):
-                sha.update(f"{name} {row.inputs[name].dtype} {tuple(row.inputs[name].shape)}".encode())
-                sha.update(row.inputs[name].numpy().tobytes())
+        sha.update(json.dumps([row.sha256 for row in rows]).encode())
     return sha.hexdigest()

@@ -186,24 +186,24 @@ def _held(settings: RunSettings, config: MQWenConfig, row: PlannedRow) -> float:
     """
     model = outline(settings, config).train()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        _materialize(model, getattr(torch, settings.model.precision))
+        materialize(model, getattr(torch, settings.model.precision))
     for parameter in model.transformer.h.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None))
     torch.compiler.reset()  # or another estimate's blocks would count as recompilations
     prepare(model, settings.compute, backend="aot_eager_decomp_partition")
     if settings.parallel.gpus_per_worker and isinstance(model.lm_head, Head):
-        model.lm_head.kernel = _in_place
+        model.lm_head.kernel = in_place
     expanded = model.transformer.expand(row.inputs["input_ids"], row.images, labels=row.inputs["labels"])
     side = config.vision_config.image_size
-    with fake, _Living() as living:
+    with fake, Living() as living:
         pictures = torch.empty(row.images, 3, side, side, dtype=torch.uint8)
         hidden = model.transformer(images=model.encode_images(pictures), expanded=expanded).last_hidden_state
         labelled_loss(model.lm_head, hidden, expanded, 1).backward()
     return float(living.most)
 
 
-def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
+def materialize(model: nn.Module, dtype: torch.dtype) -> None:
     """On the CPU from now on, in the passes' `dtype`: with memory, or, under FakeTensorMode, as if."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -213,12 +213,12 @@ def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Takes the memory that softmax_kernel's does."""
     return logits.new_zeros((), dtype=torch.float32), logits
 
 
-class _Living(TorchDispatchMode):
+class Living(TorchDispatchMode):
     """Counts the bytes of the tensors that are made while it is on, as long as each lives."""
 
     supports_higher_order_operators = True  # compiled recomputation has some

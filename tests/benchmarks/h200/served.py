@@ -1,7 +1,8 @@
 """The service under Ray Serve over HTTP, and the engine alone on the same token ids with a replica's own settings.
 
 As a script it is the service: python -m tests.benchmarks.h200.served PORT OPTIONS, the latter as JSON, as `serve run
-serve.app:build` has them; it runs until its input ends. Ray is without its dashboard, which starts slowly.
+serve.app:build` has them; it runs until its input ends, and answers each line of it with what its replicas' engines
+have counted. Ray is without its dashboard, which starts slowly.
 """
 
 from __future__ import annotations
@@ -158,23 +159,38 @@ def engine_alone(
 def under_serve(artifact: Path, gpus: int, draw: Draw, counts: list[int], outs: list[int]) -> list[Served]:
     """From other processes, by HTTP."""
     with (
-        running({"checkpoint": str(artifact), "name": NAME, "gpus": gpus, "routing": "random"}) as url,
+        running({"checkpoint": str(artifact), "name": NAME, "gpus": gpus, "routing": "random"}) as service,
         ProcessPoolExecutor(CLIENTS, get_context("spawn")) as pool,
     ):
-        list(pool.map(partial(ask_all, url, KEY, 0.0), [[]] * CLIENTS))  # they are there
+        list(pool.map(partial(ask_all, service.url, KEY, 0.0), [[]] * CLIENTS))  # they are there
 
         def ask(asked: list[tuple[str, bytes]], out: int, seed: str) -> list[Answer]:
             bodies = as_bodies(asked, out)
             parts = [bodies[place::CLIENTS] for place in range(min(CLIENTS, len(bodies)))]
-            done = pool.map(partial(ask_all, url, KEY, time.time() + 0.3), parts)
+            done = pool.map(partial(ask_all, service.url, KEY, time.time() + 0.3), parts)
             return [answer for answers in done for answer in answers]
 
         return measure("Ray Serve", ask, draw, counts, outs)
 
 
+@dataclass(frozen=True)
+class Service:
+    url: str
+    process: subprocess.Popen[str]
+
+    def stats(self) -> list[dict[str, int]]:
+        """Each replica's mqwen.engine.engine.EngineStats."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        told = next(line for line in self.process.stdout if line.startswith("stats "))
+        return json.loads(told.removeprefix("stats "))
+
+
 @contextmanager
-def running(options: dict[str, Any]) -> Iterator[str]:
-    """The application's address, when it is ready."""
+def running(options: dict[str, Any]) -> Iterator[Service]:
+    """The application, when it is ready."""
     from serve.keys import ENVIRONMENT, hash_key
 
     with socket.socket() as probe, tempfile.TemporaryDirectory(prefix="ray-") as folder:
@@ -192,10 +208,14 @@ def running(options: dict[str, Any]) -> Iterator[str]:
         try:
             told = next((line for line in process.stdout if line.startswith("ready")), None)
             assert told is not None, "the service did not start; what it wrote stands above"
-            yield f"http://127.0.0.1:{port}"
+            yield Service(f"http://127.0.0.1:{port}", process)
         finally:
             process.stdin.close()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()  # it holds GPUs
+                process.wait()
 
 
 def main(port: str, options: str) -> None:
@@ -208,9 +228,12 @@ def main(port: str, options: str) -> None:
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     serve.run(build(json.loads(options)), route_prefix="/")
     print("ready", flush=True)
-    sys.stdin.read()
+    replicas = serve.get_deployment_handle("ModelReplica", "default")
+    for _ in sys.stdin:
+        print("stats", json.dumps(replicas.broadcast("stats").results()), flush=True)
     serve.shutdown()
     ray.shutdown()
+    os._exit(0)  # the handle's threads would hold the interpreter up
 
 
 if __name__ == "__main__":

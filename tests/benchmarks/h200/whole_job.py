@@ -87,13 +87,22 @@ def prepare_job(job: Job, config: MQWenConfig, device: torch.device, folder: Pat
     """An artifact of random weights and a dataset of photographs; the settings of a run on them."""
     processor = make_processor(folder / "tokenizer", config.vision_config.image_size)
     make_photos(folder / "data", processor, job.samples)
+    make_artifact(config, processor, device, folder / "artifact")
+    return job_settings(job, device, folder)
+
+
+def make_artifact(config: MQWenConfig, processor: MQWenProcessor, device: torch.device, folder: Path) -> None:
+    """Random weights, made on the device."""
     config = deepcopy(config)
     config.image_token_id = processor.tokenizer.image_token_id
     with torch.device(device):
         model = MQWenLMHeadModel(config).to(torch.bfloat16)
-    model.save_pretrained(folder / "artifact")
-    processor.save_pretrained(folder / "artifact")
-    del model
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def job_settings(job: Job, device: torch.device, folder: Path) -> RunSettings:
+    """Of a run that starts from the folder's artifact/ and trains on its data/."""
     base, cuda = recipe("sft-full"), device.type == "cuda"
     return replace(
         base,
