@@ -16,8 +16,8 @@ from mqwen.evaluate.evaluation import Actors, Evaluation, write_report
 from mqwen.release.bar import Bar
 from mqwen.release.canary import Canary, Comparison, compare
 from mqwen.release.service import Service, ServiceSettings
-from mqwen.storage import Location, filled, readable, writable
-from mqwen.train.export import LAST_FILE, export, find_checkpoint
+from mqwen.storage import Location, readable, writable
+from mqwen.train.export import export, find_checkpoint
 
 Progress = Callable[[int, int], None]
 
@@ -58,8 +58,7 @@ class Release:
         self._live = service.live
 
     def export(self) -> None:
-        with filled(self._artifact, LAST_FILE["artifact"]) as files:
-            export(self._run, files, self._settings.step)
+        export(self._run, self._artifact, self._settings.step)
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """The held-out set's scores. Needs a Ray cluster. Raises ReleaseError below the bar."""
