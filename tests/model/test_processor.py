@@ -286,7 +286,7 @@ def test_published_folders_give_a_processor(processor: MQWenProcessor, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (None, "preprocessor_config.json is missing"),
+        (None, "preprocessor_config.json: is missing"),
         ({"do_center_crop": False}, "do_center_crop=False; allowed is CLIP's preprocessing"),
         ({"resample": 2}, "resample=2"),
         ({"rescale_factor": 1.0}, "rescale_factor=1.0"),

@@ -239,6 +239,14 @@ def test_ids_refuse_templates_that_are_not_qwens(small: MQWenTokenizer) -> None:
         small.apply_chat_template([{"role": "user", "content": "x"}], chat_template="{{ messages }}")
 
 
+@pytest.mark.parametrize(
+    ("template", "message"), [(None, "role must be system, user or assistant, not x"), ("{% if %}", "Expected an expr")]
+)
+def test_what_a_template_refuses_is_a_typed_error(small: MQWenTokenizer, template: str | None, message: str) -> None:
+    with pytest.raises(ConversationError, match=f"the chat template cannot be filled in: {message}"):
+        small.apply_chat_template([{"role": "x", "content": "x"}], chat_template=template, tokenize=False)
+
+
 # --- vocabulary files
 
 

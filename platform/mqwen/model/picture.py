@@ -8,6 +8,7 @@ H, W: height and width in pixels, equal in what comes out.
 
 import io
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,15 @@ def decode_picture(
     except Exception as error:  # on hostile bytes Pillow's decoders raise OSError, SyntaxError, struct.error and more
         raise PictureError(f"{given}: the picture cannot be decoded ({error}); is it cut short or damaged?") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def are_statistics(mean: object, std: object) -> bool:
+    """Whether these are a mean and a standard deviation for each of three channels."""
+    return (
+        all(isinstance(values, (list, tuple)) and len(values) == 3 for values in (mean, std))
+        and all(type(value) in (int, float) and isfinite(value) for value in (*mean, *std))  # type: ignore[misc]
+        and all(value > 0 for value in std)  # type: ignore[attr-defined]
+    )
 
 
 def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

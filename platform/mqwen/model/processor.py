@@ -10,8 +10,9 @@ from PIL import Image
 from transformers import BatchEncoding
 
 from mqwen.model.chat import IGNORED, EncodedChat, Message, encode_chat
-from mqwen.model.errors import CheckpointError, PictureCountError
-from mqwen.model.picture import CLIP_MEAN, CLIP_STD, MAX_PIXELS, decode_picture, normalize
+from mqwen.model.errors import ArtifactError, PictureCountError
+from mqwen.model.files import read_json
+from mqwen.model.picture import CLIP_MEAN, CLIP_STD, MAX_PIXELS, are_statistics, decode_picture, normalize
 from mqwen.model.tokenizer import AllowedSpecial, MQWenTokenizer
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -54,7 +55,8 @@ class MQWenProcessor:
         """Builds it from published folders: `qwen` holds qwen.tiktoken, `clip` holds preprocessor_config.json.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or asks for a preprocessing other than CLIP's.
+            ArtifactError: a file is missing or damaged, or asks for a preprocessing other than CLIP's.
+            VocabularyError: qwen.tiktoken is damaged.
         """
         tokenizer = MQWenTokenizer.from_pretrained(qwen, **tokenizer_options)
         return cls(tokenizer, **_read_preprocessor(Path(clip) / PREPROCESSOR_FILE))
@@ -195,16 +197,12 @@ def _parts(conversation: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _read_preprocessor(path: Path) -> dict[str, Any]:
     """What a CLIP folder's preprocessor_config.json sets, and a check that the rest is CLIP's own preprocessing."""
-    try:
-        settings = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: a processor needs it beside the tokenizer's files") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    size = settings.get("size", 224)
-    crop = settings.get("crop_size", 224)
+    settings = read_json(path)
+    size, crop = settings.get("size", 224), settings.get("crop_size", 224)
     short = size.get("shortest_edge") if isinstance(size, dict) else size
-    sides = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop}
+    sides = [crop.get("height"), crop.get("width")] if isinstance(crop, dict) else [crop, crop]
+    factor = settings.get("rescale_factor", 1 / 255)
+    mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
     expected = {
         "do_convert_rgb": True,
         "do_resize": True,
@@ -214,17 +212,16 @@ def _read_preprocessor(path: Path) -> dict[str, Any]:
         "resample": BICUBIC,
     }
     wrong = [f"{name}={settings[name]}" for name, value in expected.items() if settings.get(name, value) != value]
-    if abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        wrong.append(f"rescale_factor={settings['rescale_factor']}")
-    if sides != {short}:
+    if type(factor) is not float or abs(factor - 1 / 255) > 1e-9:
+        wrong.append(f"rescale_factor={factor}")
+    if type(short) is not int or short < 1 or sides != [short, short]:
         wrong.append(f"size={size} with crop_size={crop}")
+    if not are_statistics(mean, std):
+        wrong.append(f"image_mean={mean} with image_std={std}")
     if wrong:
-        raise CheckpointError(
-            f"{path}: {', '.join(wrong)}; allowed is CLIP's preprocessing: RGB, bicubic resize of the short side, a "
-            "square centre crop of the same size, rescale by 1/255, normalise"
+        raise ArtifactError(
+            path,
+            f"{', '.join(wrong)}; allowed is CLIP's preprocessing: RGB, bicubic resize of the short side, a square "
+            "centre crop of the same size, rescale by 1/255, normalise by three means and three positive deviations",
         )
-    return {
-        "image_size": short,
-        "image_mean": settings.get("image_mean", CLIP_MEAN),
-        "image_std": settings.get("image_std", CLIP_STD),
-    }
+    return {"image_size": short, "image_mean": mean, "image_std": std}

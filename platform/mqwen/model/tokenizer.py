@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import tiktoken
+from jinja2 import TemplateError
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from mqwen.model.chat import CHAT_TEMPLATE, Message, encode_chat
-from mqwen.model.errors import CheckpointError, ConversationError
+from mqwen.model.errors import ArtifactError, CheckpointError, ConversationError, MQWenError
+from mqwen.model.files import read_json, read_text
 from mqwen.model.vocabulary import (
     CHARACTER_TO_BYTE,
     CONTROL_TOKENS,
@@ -27,6 +29,9 @@ from mqwen.model.vocabulary import (
     token_string,
     write_ranks,
 )
+
+OPTIONS_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 
 AllowedSpecial = Literal["all"] | Collection[str]
 
@@ -78,10 +83,23 @@ class MQWenTokenizer(PreTrainedTokenizer):
         Raises:
             CheckpointError: it does not; transformers would look for the name on the Hub.
             VocabularyError: the file is damaged.
+            ArtifactError: another one is.
         """
-        if not (Path(directory) / VOCABULARY_FILE).is_file():
+        folder = Path(directory)
+        if not (folder / VOCABULARY_FILE).is_file():
             raise CheckpointError(f"{directory} holds no {VOCABULARY_FILE}; give a local folder with that file")
-        return super().from_pretrained(str(directory), *inputs, **kwargs)
+        if (folder / TEMPLATE_FILE).exists():
+            read_text(folder / TEMPLATE_FILE)
+        if (folder / OPTIONS_FILE).exists():
+            read_json(folder / OPTIONS_FILE)
+        try:
+            return super().from_pretrained(str(directory), *inputs, **kwargs)
+        except MQWenError:
+            raise
+        except Exception as error:  # transformers checks no option, and fails by whatever comes of it
+            raise ArtifactError(
+                folder / OPTIONS_FILE, f"no tokenizer can be made with these options: {error}"
+            ) from error
 
     @property
     def vocab_size(self) -> int:
@@ -189,18 +207,25 @@ class MQWenTokenizer(PreTrainedTokenizer):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """transformers' method; with `tokenize` ids come from `encode_chat`, so that no text becomes control ids."""
+        """transformers' method; with `tokenize` ids come from `encode_chat`, so that no text becomes control ids.
+
+        Raises:
+            ConversationError: messages that the template, or Qwen's layout, has no place for.
+        """
         if not tokenize:
-            return super().apply_chat_template(
-                conversation,
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **kwargs,
-            )
+            try:
+                return super().apply_chat_template(
+                    conversation,
+                    tools=tools,
+                    documents=documents,
+                    chat_template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **kwargs,
+                )
+            except TemplateError as error:  # the template's own, of which it makes its refusals too
+                raise ConversationError(f"the chat template cannot be filled in: {error}") from error
         refused = {"tools": tools, "documents": documents, "chat_template": chat_template, **kwargs}
         refused["continue_final_message"] = continue_final_message
         if given := [name for name, value in refused.items() if value]:
