@@ -5,11 +5,18 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 import mqwen.model.auto  # noqa: F401 (it registers)
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
@@ -239,8 +246,8 @@ def test_shards_that_do_not_fit_their_index_are_refused(saved: Path, tmp_path: P
         assert refused(folder).file == str(folder / index)
 
 
-@pytest.mark.parametrize("automatic", [False, True])
-def test_an_artifact_of_the_first_version_opens_and_computes_what_it_did(automatic: bool) -> None:
+@pytest.mark.parametrize("automatic", [None, AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_an_artifact_of_the_first_version_opens_and_computes_what_it_did(automatic: Any) -> None:
     """By its own classes, and by transformers' Auto classes."""
     recorded = json.loads((FIRST_VERSION / "recorded.json").read_text())
     assert check_artifact(FIRST_VERSION).format_version == 1
@@ -250,7 +257,7 @@ def test_an_artifact_of_the_first_version_opens_and_computes_what_it_did(automat
     picture = (FIRST_VERSION.parent / "chessboard_RGB.png").read_bytes()
     inputs = processor(messages=recorded["messages"], images=[picture], return_tensors="pt")
     assert inputs["input_ids"][0].tolist() == recorded["input_ids"]
-    model = (AutoModelForCausalLM if automatic else MQWenLMHeadModel).from_pretrained(FIRST_VERSION)
+    model = (automatic or MQWenLMHeadModel).from_pretrained(FIRST_VERSION)
     assert type(model) is MQWenLMHeadModel
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1]
