@@ -265,6 +265,8 @@ def test_pictures_and_placeholders_must_agree(processor: MQWenProcessor) -> None
     for both in ({}, {"text": "x", "messages": ask}):
         with pytest.raises(TypeError, match="either text or messages"):
             processor(**both)
+    with pytest.raises(TypeError, match="allowed_special goes with text"):
+        processor(messages=ask, allowed_special="all")
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda source: Image.open(io.BytesIO(source))])

@@ -19,7 +19,7 @@ from mqwen.model.processor import MQWenProcessor
 from mqwen.model.tokenizer import MQWenTokenizer
 
 AutoConfig.register(MQWenConfig.model_type, MQWenConfig)
-for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-    auto.register(MQWenConfig, MQWenLMHeadModel)
+AutoModelForCausalLM.register(MQWenConfig, MQWenLMHeadModel)
+AutoModelForImageTextToText.register(MQWenConfig, MQWenLMHeadModel)
 AutoTokenizer.register(MQWenConfig, tokenizer_class=MQWenTokenizer)
 AutoProcessor.register(MQWenConfig, MQWenProcessor)

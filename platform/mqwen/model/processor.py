@@ -123,6 +123,8 @@ class MQWenProcessor:
         """
         if (text is None) == (messages is None):
             raise TypeError("give either text or messages")
+        if messages is not None and allowed_special is not None:
+            raise TypeError("allowed_special goes with text: in messages no text can spell control tokens out")
         pictures: list[Any] = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
         training = False
         if messages is not None:

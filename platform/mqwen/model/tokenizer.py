@@ -9,6 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -132,12 +133,20 @@ class MQWenTokenizer(PreTrainedTokenizer):
 
         Args:
             allowed_special: control tokens that text may spell out, or "all". Never for text from users.
+
+        Raises:
+            ValueError: an allowed one that is no control token.
         """
         text = unicodedata.normalize("NFC", text)
         pieces = _LONG_WHITE_SPACE.split(text) if _LONG_WHITE_SPACE.search(text) else [text]
         if not allowed_special:
             return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
-        allowed: Any = "all" if allowed_special == "all" else set(allowed_special)
+        allowed: Any = allowed_special if isinstance(allowed_special, str) else set(allowed_special)
+        if allowed != "all" and (isinstance(allowed, str) or not allowed <= self._control.keys()):
+            raise ValueError(
+                f'allowed_special={allowed_special!r}: "all" or a list of control tokens is allowed; those are '
+                f"{', '.join(CONTROL_TOKENS[:4])} to {CONTROL_TOKENS[-1]}"
+            )
         return [
             token
             for piece in pieces
@@ -165,6 +174,8 @@ class MQWenTokenizer(PreTrainedTokenizer):
                 return self.encode_text(value, allowed_special) or value  # it refuses an empty list of ids
             return [to_ids(item) for item in value] if isinstance(value, (list, tuple)) else value
 
+        if kwargs.pop("return_offsets_mapping", False):
+            raise NotImplementedError("this tokenizer knows no offsets; `to_fast()` makes one that does")
         if kwargs.get("is_split_into_words"):
             return super()._encode_plus(text, text_pair, allowed_special=allowed_special, **kwargs)
         return super()._encode_plus(to_ids(text), to_ids(text_pair), **kwargs)
@@ -177,10 +188,27 @@ class MQWenTokenizer(PreTrainedTokenizer):
         errors: str = "replace",
         **kwargs: Any,
     ) -> str:
-        """Ids to text. Ids without a meaning (negative, or past the control tokens) give no text."""
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        """Ids to text; what is no UTF-8 becomes U+FFFD, and so do ids without a meaning: negative ones, a model's rows
+        past the control tokens. With `skip_special_tokens` those give no text, as control tokens.
+
+        Raises:
+            TypeError: an id that is no integer.
+        """
+        ids = list(token_ids) if isinstance(token_ids, Iterable) else [token_ids]
+        if wrong := [i for i in ids if not isinstance(i, Integral)]:
+            raise TypeError(f"a token id is an integer, not {wrong[0]!r:.80} ({type(wrong[0]).__name__})")
         end = len(self._ranks) if skip_special_tokens else self.vocab_size
-        return self._encoding.decode_bytes([int(i) for i in ids if 0 <= i < end]).decode("utf-8", errors)
+        unknown = b"" if skip_special_tokens else "\N{REPLACEMENT CHARACTER}".encode()
+        of = self._encoding.decode_single_token_bytes
+        return b"".join(of(i) if 0 <= i < end else unknown for i in ids).decode("utf-8", errors)
+
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        if unknown := [str(token) for token in new_tokens if str(token) not in self._control]:
+            raise NotImplementedError(
+                f"{unknown[0]!r} cannot be added: Qwen's vocabulary is what its file holds, and {len(CONTROL_TOKENS)} "
+                f"control tokens, of which <|extra_1|> to {CONTROL_TOKENS[-1]} are free to be given a meaning"
+            )
+        return 0
 
     def _convert_token_to_id(self, token: str) -> int | None:
         return self.get_vocab().get(token)
