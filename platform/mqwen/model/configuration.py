@@ -133,9 +133,8 @@ class MQWenConfig(PreTrainedConfig):
         elif isinstance(self.vision_config, dict):
             with _explained("vision_config: "):
                 self.vision_config = CLIPVisionConfig(**self.vision_config)
-        for name in ("image_mean", "image_std"):
-            setattr(self, name, list(getattr(self, name)))
         self._validate()
+        self.image_mean, self.image_std = ([float(x) for x in values] for values in (self.image_mean, self.image_std))
         for name in ("attn_dropout_prob", "emb_dropout_prob"):
             if probability := kwargs.get(name):
                 raise ConfigurationError(
