@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import tyro
 
 from mqwen import cli
-from mqwen.storage import filled, readable, writable
-from mqwen.train.export import LAST_FILE, Form, export
+from mqwen.storage import readable, writable
+from mqwen.train.export import Form, export
 
 
 @dataclass(frozen=True)
 class Export:
-    """`run` is the run's URI, `to` the artifact's, `step` a checkpoint other than the newest.
+    """`run` is the run's URI, `to` the artifact's, where an earlier export is replaced; `step` a checkpoint other than
+    the newest.
 
     `form`: artifact, with an adapter merged into the weights; adapter, PEFT's folder of a LoRA run; llava, what
     transformers, vLLM and SGLang load as LlavaForConditionalGeneration.
@@ -28,8 +29,7 @@ class Export:
 
 def main() -> None:
     command = tyro.cli(Export, description=__doc__)
-    with filled(writable(command.to), LAST_FILE[command.form]) as folder:
-        step = export(readable(command.run), folder, command.step, command.form)
+    step = export(readable(command.run), writable(command.to), command.step, command.form)
     print(f"{command.to}: the {'adapter' if command.form == 'adapter' else 'weights'} of step {step}")
 
 

@@ -5,16 +5,23 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 import mqwen.model.auto  # noqa: F401 (it registers)
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor, MQWenTokenizer
-from mqwen.model.artifact import check_artifact
-from mqwen.model.errors import ArtifactError, ArtifactVersionError, CheckpointError
+from mqwen.model.artifact import check_artifact, open_artifact
+from mqwen.model.errors import ArtifactError, ArtifactVersionError, CheckpointError, ConfigurationError
 from tests.model.small import small_model
 
 FIRST_VERSION = Path(__file__).parent / "fixtures_text" / "artifact_v1"
@@ -42,7 +49,7 @@ def refused(folder: Path, error: type[ArtifactError] = ArtifactError) -> Artifac
 def test_whole_artifacts_pass_and_load(saved: Path) -> None:
     assert len(list((saved / "sharded").glob("*.safetensors"))) > 2
     for folder in (saved / "whole", saved / "sharded"):
-        assert check_artifact(folder).to_dict() == MQWenConfig.from_pretrained(folder).to_dict()
+        assert check_artifact(folder).to_diff_dict() == MQWenConfig.from_pretrained(folder).to_diff_dict()
         for options in ({}, {"device_map": "auto"}, {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}):
             loaded = MQWenLMHeadModel.from_pretrained(folder, **options)
             pairs = zip(loaded.parameters(), small_model().parameters(), strict=True)
@@ -127,6 +134,11 @@ def test_a_newer_format_version_is_refused(saved: Path, tmp_path: Path) -> None:
     error = refused(folder, ArtifactVersionError)
     assert "format_version 2 was written by a newer mqwen; this one reads up to 1" in str(error)
     assert error.file == str(folder / "config.json")
+    change_json("config.json", hidden_size={"by": "a newer one"})(folder)
+    for automatic in (AutoConfig, AutoModelForCausalLM):
+        with pytest.raises(ArtifactVersionError) as caught:
+            automatic.from_pretrained(folder)
+        assert str(caught.value) == str(error)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +147,8 @@ def test_a_newer_format_version_is_refused(saved: Path, tmp_path: Path) -> None:
         (change_json("config.json", format_version=None), "format_version is None; an artifact has 1 to 1"),
         (change_json("config.json", format_version="1"), "format_version is '1'"),
         (change_json("config.json", model_type="qwen"), "model_type is 'qwen', not 'mqwen'.*from_components"),
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (cut("config.json", 0.5), "config.json cannot be read as JSON"),
+        (lambda folder: (folder / "config.json").unlink(), r"config\.json: is missing"),
+        (cut("config.json", 0.5), r"config\.json: cannot be read as JSON"),
     ],
 )
 def test_a_configuration_that_is_none_is_refused(
@@ -148,6 +160,55 @@ def test_a_configuration_that_is_none_is_refused(
         check_artifact(folder)
     with pytest.raises(CheckpointError, match="no folder"):
         check_artifact(folder / "absent")
+
+
+GARBAGE = [b"", b"{", b"\xff\xfe\x00", b"[]", b'"x"', b"null", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", GARBAGE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "adapter_config.json",
+    ],
+)
+def test_a_small_file_of_garbage_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = shutil.copytree(FIRST_VERSION, tmp_path / "artifact")
+    (folder / name).write_bytes(content)
+    if name == "chat_template.jinja" and b"\xff" not in content:
+        assert open_artifact(folder)[1].tokenizer.chat_template == content.decode()
+        return
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(folder)
+    assert caught.value.file == str(folder / name)
+    assert str(folder / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("config.json", {"vocab_size": None}, "vocab_size"),
+        ("config.json", {"dtype": "foo"}, "dtype"),
+        ("preprocessor_config.json", {"image_mean": None}, "image_mean=None"),
+        ("preprocessor_config.json", {"image_std": "abc"}, "image_std=abc"),
+        ("preprocessor_config.json", {"size": "x", "crop_size": ["x"]}, "size=x"),
+        ("preprocessor_config.json", {"rescale_factor": "x"}, "rescale_factor=x"),
+        ("tokenizer_config.json", {"padding_side": 5}, "no tokenizer can be made"),
+        ("tokenizer_config.json", {"pad_token": [5]}, "no tokenizer can be made"),
+    ],
+)
+def test_a_small_file_of_odd_values_is_named(
+    tmp_path: Path, name: str, values: dict[str, object], message: str
+) -> None:
+    folder = shutil.copytree(FIRST_VERSION, tmp_path / "artifact")
+    change_json(name, **values)(folder)
+    with pytest.raises((ArtifactError, ConfigurationError), match=f"{folder / name}: .*{message}"):
+        open_artifact(folder)
 
 
 def test_shards_that_do_not_fit_their_index_are_refused(saved: Path, tmp_path: Path) -> None:
@@ -185,8 +246,8 @@ def test_shards_that_do_not_fit_their_index_are_refused(saved: Path, tmp_path: P
         assert refused(folder).file == str(folder / index)
 
 
-@pytest.mark.parametrize("automatic", [False, True])
-def test_an_artifact_of_the_first_version_opens_and_computes_what_it_did(automatic: bool) -> None:
+@pytest.mark.parametrize("automatic", [None, AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_an_artifact_of_the_first_version_opens_and_computes_what_it_did(automatic: Any) -> None:
     """By its own classes, and by transformers' Auto classes."""
     recorded = json.loads((FIRST_VERSION / "recorded.json").read_text())
     assert check_artifact(FIRST_VERSION).format_version == 1
@@ -196,7 +257,7 @@ def test_an_artifact_of_the_first_version_opens_and_computes_what_it_did(automat
     picture = (FIRST_VERSION.parent / "chessboard_RGB.png").read_bytes()
     inputs = processor(messages=recorded["messages"], images=[picture], return_tensors="pt")
     assert inputs["input_ids"][0].tolist() == recorded["input_ids"]
-    model = (AutoModelForCausalLM if automatic else MQWenLMHeadModel).from_pretrained(FIRST_VERSION)
+    model = (automatic or MQWenLMHeadModel).from_pretrained(FIRST_VERSION)
     assert type(model) is MQWenLMHeadModel
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1]

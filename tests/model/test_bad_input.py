@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,59 @@ CONFIGURATIONS = [
     ("patch_size 15", {"vision_config": {"image_size": 224, "patch_size": 15}}),
     ("rotary_pct", {"rotary_pct": 0.01}),
     ("seq_length", {"seq_length": 0}),
+    ("vocab_size.*expected int, got str", {"vocab_size": "many"}),
+    ("vocab_size.*expected int, got NoneType", {"vocab_size": None}),
+    ("hidden_size.*expected int, got float", {"hidden_size": 1e9}),
+    ("hidden_size must be 1 to 262,144, not 1000000000", {"hidden_size": 10**9}),
+    ("num_hidden_layers must be 1 to 1,024, not 0", {"num_hidden_layers": 0}),
+    ("rotary_emb_base.*expected float, got str", {"rotary_emb_base": "x"}),
+    ("rotary_emb_base must be positive, not 0", {"rotary_emb_base": 0}),
+    ("rotary_emb_base must be positive, not nan", {"rotary_emb_base": float("nan")}),
+    ("layer_norm_epsilon must be positive, not -1e-06", {"layer_norm_epsilon": -1e-6}),
+    ("dtype must be one of float32, bfloat16, float16, float64, not foo", {"dtype": "foo"}),
+    ("dtype must be one of .*, not nn", {"dtype": "nn"}),
+    ("image_mean.*NoneType", {"image_mean": None}),
+    ("image_mean and image_std need three numbers", {"image_mean": ["a", "b", "c"]}),
+    ("vision_config must hold", {"vision_config": []}),
+    ("vision_config must hold", {"vision_config": {"model_type": "siglip_vision_model"}}),
+    ("vision_config: Field 'patch_size'", {"vision_config": {"patch_size": "16"}}),
+    ("vision_config: patch_size must be 1 to 8,192, not 0", {"vision_config": {"patch_size": 0}}),
+    ("vision_config: hidden_act 'nope' is none of .*quick_gelu", {"vision_config": {"hidden_act": "nope"}}),
+    ("vision_config: num_channels must be 3", {"vision_config": {"num_channels": 1}}),
+    ("vision_config: .*multiple of the number of attention heads", {"vision_config": {"num_attention_heads": 7}}),
+    ("vision_config: .*torch.* has no attribute 'foo'", {"vision_config": {"dtype": "foo"}}),
+    ("rotary_dim", {"rotary_dim": 64}),
 ]
+ODD = [None, True, 0, -1, 1.5, 1e9, 10**9, "x", "16", [], {}, float("nan"), float("inf"), ["a"] * 3, {"a": 1}]
 
 
 @pytest.mark.parametrize(("message", "fields"), CONFIGURATIONS)
 def test_configuration(message: str, fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=message):
         MQWenConfig(**fields)
+
+
+def test_any_odd_value_of_any_field_is_refused_or_builds_a_network() -> None:
+    """By ConfigurationError alone: what is accepted, the network is built from."""
+    whole = small_model().config.to_dict()
+    places: list[tuple[dict[str, Any], str, str]] = [(whole, name, "") for name in whole]
+    places += [(whole["vision_config"], name, "vision_config") for name in whole["vision_config"]]
+    accepted, refused = 0, 0
+    for holder, name, where in places:
+        good = holder[name]
+        for value in ODD:
+            holder[name] = value
+            try:
+                config = MQWenConfig(**deepcopy(whole))
+            except ConfigurationError as error:
+                refused += 1
+                assert where in str(error)
+            else:
+                accepted += 1
+                with torch.device("meta"):
+                    MQWenLMHeadModel(config)
+        holder[name] = good
+    assert min(accepted, refused) > 100
 
 
 def spoil_adapter(folder: Path, **change: Any) -> Path:
@@ -116,7 +163,7 @@ ADAPTERS: list[tuple[type[MQWenError], str, dict[str, Any]]] = [
     (AdapterError, "IA3", {"config": {"peft_type": "IA3"}}),
     (AdapterError, "list of module names", {"config": {"target_modules": "all-linear"}}),
     (AdapterError, "neither adapter_model.safetensors nor", {"remove": ["adapter_model.safetensors"]}),
-    (CheckpointError, "no adapter_config.json", {"remove": ["adapter_config.json"]}),
+    (CheckpointError, r"adapter_config\.json: is missing", {"remove": ["adapter_config.json"]}),
     (CheckpointError, "truncated", {"write": {"adapter_model.safetensors": b"1234567890"}}),
     (
         CheckpointError,

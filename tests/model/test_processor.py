@@ -124,17 +124,17 @@ def test_damaged_exif_does_not_lose_the_picture() -> None:
     assert decode_picture(jpeg, 28).min() > 250
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     if mode.startswith("I"):  # 16 bits: three quarters of white
-        image = Image.fromarray(np.full((40, 60), 49_152, dtype=np.uint16 if mode == "I;16" else np.int32))
+        image = Image.frombytes(
+            mode, (60, 40), np.full((40, 60), 49_152, ">u2" if mode.endswith("B") else "<u2").tobytes()
+        )
         value = 192
     else:
         image = Image.new("RGB", (60, 40), (255, 255, 255)).convert(mode)
         value = 255
-    sources: list[Any] = [image]
-    sources.append(encoded(image, "JPEG" if mode == "CMYK" else "PNG") if mode != "I" else image)
-    for source in sources:
+    for source in (image, encoded(image, "JPEG" if mode == "CMYK" else "PNG")):
         pixels = decode_picture(source, 28)
         assert pixels.shape == (3, 28, 28)
         assert np.abs(pixels.astype(int) - value).max() <= 1
@@ -173,8 +173,13 @@ def png_header(width: int, height: int) -> bytes:
         (png_header(60_000, 60_000), "pixels"),
         (png_header(300, 60_001), "long side of 200 short ones"),
         (Image.new("RGB", (3, 900)), "long side of 200 short ones"),
-        (Image.new("F", (9, 9)), "mode F holds floats"),
-        ("picture.png", "as bytes or as a Pillow image, not as str"),
+        (Image.new("F", (9, 9)), "mode F holds numbers of no known scale; convert it to mode L .* or I;16"),
+        (Image.new("I", (9, 9)), "mode I holds numbers of no known scale"),
+        (Image.new("RGB", (0, 0)), "the picture is 0 x 0: it has no pixels"),
+        (Image.new("RGB", (0, 9)), "the picture is 0 x 9: it has no pixels"),
+        ("picture.png", r"as a file's bytes or as a Pillow image, not as str: Path\(...\).read_bytes\(\)"),
+        (Path("picture.png"), "not as PosixPath"),
+        (np.zeros((9, 9, 3), np.uint8), r"not as ndarray: .*Image.fromarray"),
         (None, "not as NoneType"),
     ],
 )
@@ -260,6 +265,37 @@ def test_pictures_and_placeholders_must_agree(processor: MQWenProcessor) -> None
     for both in ({}, {"text": "x", "messages": ask}):
         with pytest.raises(TypeError, match="either text or messages"):
             processor(**both)
+    with pytest.raises(TypeError, match="allowed_special goes with text"):
+        processor(messages=ask, allowed_special="all")
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda source: Image.open(io.BytesIO(source))])
+def test_one_picture_needs_no_list(processor: MQWenProcessor, kind: Any) -> None:
+    expected = processor(text="<|extra_0|>", images=[HORSE])
+    for images in (kind(HORSE), [kind(HORSE)], (kind(HORSE),)):
+        found = processor(text="<|extra_0|>", images=images)
+        np.testing.assert_array_equal(found["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("images", ["horse.png", Path("horse.png"), np.zeros((9, 9, 3), np.uint8), iter([HORSE])])
+def test_what_is_no_picture_is_not_taken_apart(processor: MQWenProcessor, images: Any) -> None:
+    with pytest.raises(PictureError, match=f"not as {type(images).__name__}: "):
+        processor(text="<|extra_0|>", images=images)
+
+
+def test_pictures_in_messages_are_read_or_refused(processor: MQWenProcessor) -> None:
+    def ask(**part: Any) -> Any:
+        return [{"role": "user", "content": [{"type": "image", **part}]}]
+
+    plain = processor(messages=ask(), images=HORSE)
+    from_table = processor(messages=ask(image=HORSE, text=None, url=None))
+    np.testing.assert_array_equal(from_table["pixel_values"], plain["pixel_values"])
+    for key in ("url", "path", "image_url"):
+        for images in (None, HORSE):
+            with pytest.raises(ConversationError, match=f"message 0: {key} of a picture is not read; .* as 'image'"):
+                processor(messages=ask(**{key: "x"}), images=images)
+    with pytest.raises(ConversationError, match="both ways: 1 in images=, 1 in the messages; choose one"):
+        processor(messages=ask(image=HORSE), images=[HORSE])
 
 
 def test_it_survives_save_and_load_and_clip_reads_its_file(processor: MQWenProcessor, tmp_path: Path) -> None:
@@ -286,7 +322,7 @@ def test_published_folders_give_a_processor(processor: MQWenProcessor, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (None, "preprocessor_config.json is missing"),
+        (None, "preprocessor_config.json: is missing"),
         ({"do_center_crop": False}, "do_center_crop=False; allowed is CLIP's preprocessing"),
         ({"resample": 2}, "resample=2"),
         ({"rescale_factor": 1.0}, "rescale_factor=1.0"),

@@ -6,12 +6,16 @@ import pickle
 import random
 import sys
 import unicodedata
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tiktoken
-from tokenizers import Tokenizer, normalizers
+import torch
+from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoTokenizer
 
 from mqwen.model.errors import CheckpointError, ConversationError, VocabularyError
@@ -141,14 +145,27 @@ def test_100_000_random_id_sequences_decode() -> None:
     rng = random.Random(2)
     for _ in range(100_000):
         ids = [rng.randrange(-2, 151_936) for _ in range(rng.randrange(9))]
-        assert tokenizer.decode(ids) == plain.decode([i for i in ids if 0 <= i < plain.n_vocab])
+        whole = [plain.decode_single_token_bytes(i) if 0 <= i < plain.n_vocab else b"\xef\xbf\xbd" for i in ids]
+        assert tokenizer.decode(ids) == b"".join(whole).decode("utf-8", "replace")
 
 
-@pytest.mark.parametrize("ids", [[151_851], [151_935, -100, 2**40], list(range(151_840, 151_936)), []])
-def test_ids_without_a_meaning_give_no_text(ids: list[int]) -> None:
+@pytest.mark.parametrize("ids", [[151_851], [151_935, -100, 2**40], list(range(151_851, 151_936)), []])
+def test_ids_without_a_meaning_are_replaced_or_skipped(ids: list[int]) -> None:
     tokenizer = real_vocabulary.tokenizer()
+    assert tokenizer.decode(ids) == "\ufffd" * len(ids)
+    assert tokenizer.decode([64, *ids, 65]) == "a" + "\ufffd" * len(ids) + "b"
     assert tokenizer.decode(ids, skip_special_tokens=True) == ""
     assert tokenizer.convert_ids_to_tokens(151_900) == ""
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, lambda ids: list(np.asarray(ids))])
+def test_ids_come_in_any_container_but_are_integers(small: MQWenTokenizer, kind: Callable[[list], Any]) -> None:
+    ids = small.encode_text("a cat")
+    assert small.decode(kind(ids)) == "a cat"
+    assert small.decode(kind(ids)[0]) == "a"
+    for wrong in (kind([1.7, 2.0]), 1.7, "12", None):
+        with pytest.raises(TypeError, match="a token id is an integer, not "):
+            small.decode(wrong)
 
 
 # --- text from users
@@ -234,9 +251,37 @@ def test_transformers_loads_the_fast_folder_without_our_code(small: MQWenTokeniz
     assert fast.apply_chat_template(messages, tokenize=False) == small.apply_chat_template(messages, tokenize=False)
 
 
+def test_what_it_cannot_do_is_refused(small: MQWenTokenizer, tmp_path: Path) -> None:
+    for allowed in ("<|extra_0|>", "none", ["<|mine|>"], {"<|extra_0|>", "<|extra_205|>"}):
+        with pytest.raises(ValueError, match=r"allowed_special=.*: \"all\" or a list of control tokens is allowed"):
+            small("<|extra_0|>", allowed_special=allowed)
+    for text in ("a", ["a", "b"], "<|extra_0|>"):
+        with pytest.raises(NotImplementedError, match="knows no offsets"):
+            small(text, return_offsets_mapping=True)
+    for token in ("<|mine|>", "a", AddedToken("<|mine|>", special=True)):
+        with pytest.raises(
+            NotImplementedError,
+            match=f"'{token}' cannot be added: .*are free to be given a meaning".replace("|", r"\|"),
+        ):
+            small.add_tokens([token])
+    with pytest.raises(NotImplementedError, match="cannot be added"):
+        small.add_special_tokens({"bos_token": "<s>"})
+    small.add_special_tokens({"bos_token": "<|extra_5|>"})
+    assert small.bos_token_id == small.convert_tokens_to_ids("<|extra_5|>")
+    assert len(small) == small.vocab_size == len(small.get_vocab())
+
+
 def test_ids_refuse_templates_that_are_not_qwens(small: MQWenTokenizer) -> None:
     with pytest.raises(ConversationError, match="chat_template cannot be used with tokenize=True"):
         small.apply_chat_template([{"role": "user", "content": "x"}], chat_template="{{ messages }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [(None, "role must be system, user or assistant, not x"), ("{% if %}", "Expected an expr")]
+)
+def test_what_a_template_refuses_is_a_typed_error(small: MQWenTokenizer, template: str | None, message: str) -> None:
+    with pytest.raises(ConversationError, match=f"the chat template cannot be filled in: {message}"):
+        small.apply_chat_template([{"role": "x", "content": "x"}], chat_template=template, tokenize=False)
 
 
 # --- vocabulary files

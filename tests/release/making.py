@@ -66,7 +66,7 @@ def make_all(folder: Path) -> tuple[list[Sample], list[str]]:
 
 def run_artifact(run: Location, folder: Path, step: int) -> Path:
     if not (folder / f"artifact-{step}").exists():
-        export(run, folder / f"artifact-{step}", step)
+        export(run, locate(folder / f"artifact-{step}"), step)
     return folder / f"artifact-{step}"
 
 

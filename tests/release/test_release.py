@@ -49,6 +49,16 @@ class Place:
         places = ["--run", self.folder / "runs" / "first", "--to", self.folder / "to", "--heldout"]
         return self.release("ship", *places, self.folder / "heldout", "--canary.max-tokens", MAX_TOKENS, *words)
 
+    @contextmanager
+    def asking(self, name: str, value: str) -> Iterator[None]:
+        """Another environment variable for the commands in the block."""
+        before = self.shell.variables
+        self.shell.variables = before | {name: value}
+        try:
+            yield
+        finally:
+            self.shell.variables = before
+
     def details(self) -> dict[str, Any]:
         asking = {"Authorization": f"Bearer {self.shell.variables['RAY_AUTH_TOKEN']}"}
         reply = httpx.get(f"{self.dashboard}/api/serve/applications/", headers=asking, timeout=30)
@@ -169,11 +179,38 @@ def test_a_checkpoint_that_is_live_or_below_the_bar_is_not_deployed(place: Place
     code, output = place.ship("--bar.exact-match", 1.0, "--step", 2)
     assert code == 2, output
     assert f"below the bar, so nothing was deployed: exact_match is {place.same / QUESTIONS:.4f}" in output
+    with place.asking("MQWEN_API_KEY", "sk-another"):
+        code, output = place.ship("--bar.exact-match", 1.0, "--step", 2)
+    assert (code, "exported" in output) == (2, False), output
+    assert f"MQWEN_API_KEY is no key of the live model at {place.server.url}" in output
     code, output = place.release("roll-back")
     assert (code, output.splitlines()[-1]) == (
         2,
         "error: no second application of 'ours' stands by, so there is nothing to go back to",
     )
+    assert place.applications() == {FIRST: ("/", "RUNNING")}
+
+
+def test_bad_input_is_one_line_before_anything_is_computed(place: Place, released: str, tmp_path: Path) -> None:
+    run, heldout = place.folder / "runs" / "first", place.folder / "heldout"
+    for words, message in (
+        (["--run", tmp_path / "none", "--heldout", heldout], f"{tmp_path}/none has no committed checkpoint"),
+        (
+            ["--run", run, "--heldout", heldout, "--step", 9],
+            f"{run} has no checkpoint of step 9; there are step-00000001",
+        ),
+        (["--run", run, "--heldout", tmp_path / "none"], f"{tmp_path}/none"),
+        (["--run", run, "--heldout", heldout, "--bar.exact-match", 2], "--bar.exact-match is 2.0; 0 to 1 is allowed"),
+        (["--run", run, "--heldout", heldout, "--to", run], f"lies inside of the run {run}"),
+    ):
+        code, output = place.release("ship", "--to", tmp_path / "to", "--bar.loss", 1e9, *words)
+        assert (code, output.count("error: "), "Traceback" in output) == (2, 1, False), output
+        assert message in output
+    assert not (tmp_path / "to").exists()
+    with place.asking("RAY_AUTH_TOKEN", secrets.token_hex(32)):
+        code, output = place.release("roll-back")
+    assert (code, "Traceback" in output) == (2, False), output
+    assert f"error: --service.address {place.dashboard}: the Ray dashboard there says no: " in output
     assert place.applications() == {FIRST: ("/", "RUNNING")}
 
 

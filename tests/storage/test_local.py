@@ -144,6 +144,49 @@ def test_what_is_something_else_is_not_filled(bucket: Location, tmp_path: Path, 
             pass
 
 
-def test_a_local_folder_is_filled_in_place(tmp_path: Path) -> None:
-    with filled(locate(tmp_path), last="config.json") as folder:
-        assert folder == tmp_path
+def test_a_local_folder_holds_what_was_filled_in_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    for round_ in ("first", "second"):
+        with filled(locate(target), last="config.json") as folder:
+            for name in (round_, "config.json"):
+                (folder / name).write_text(round_)
+            assert not (target / round_).exists()
+        assert content(target) == {round_: round_.encode(), "config.json": round_.encode()}
+
+
+def test_a_local_folder_that_is_not_filled_whole_stays_as_it_was(tmp_path: Path) -> None:
+    """Where the block fails, and where its process is killed; what that one leaves is gone after the next filling."""
+    target = tmp_path / "artifact"
+    for old in ({}, {"config.json": b"old", "old.safetensors": b"old"}):
+        for name, data in old.items():
+            (locate(target) / name).write_bytes(data)
+        with pytest.raises(RuntimeError), filled(locate(target), last="config.json") as folder:
+            (folder / "config.json").write_bytes(b"new")
+            raise RuntimeError
+        assert target.exists() == bool(old)
+    assert content(target) == old
+    killed = multiprocessing.get_context("spawn").Process(target=fill_and_die, args=(target,))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == 9
+    assert {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()} == old
+    with filled(locate(target), last="config.json") as folder:
+        (folder / "config.json").write_bytes(b"new")
+    assert content(target) == {"config.json": b"new"}
+
+
+def fill_and_die(target: Path) -> None:
+    with filled(locate(target), last="config.json") as folder:
+        (folder / "config.json").write_bytes(b"half")
+        os._exit(9)
+
+
+def test_a_file_that_is_read_stays_whole_for_its_reader(tmp_path: Path) -> None:
+    """A server has the old weights mapped: written over in place they would change under it."""
+    for data in (b"old", b"new"):
+        with filled(locate(tmp_path), last="config.json") as folder:
+            (folder / "config.json").write_bytes(data)
+        if data == b"old":
+            reader = (tmp_path / "config.json").open("rb")
+    with reader:
+        assert reader.read() == b"old"

@@ -157,6 +157,14 @@ def test_up_and_down_names_and_delete(folder: Location, place: Location, tmp_pat
     assert not folder.exists()
 
 
+def test_what_lies_inside(folder: Location, bucket: Location, tmp_path: Path) -> None:
+    assert folder.is_inside(folder)
+    assert (folder / "a" / "b").is_inside(folder)
+    assert not folder.is_inside(folder / "a")
+    assert not (folder / "ab").is_inside(folder / "a")
+    assert not locate(tmp_path).is_inside(bucket)
+
+
 def test_a_location_travels_to_another_process(place: Location, tmp_path: Path) -> None:
     place.write_bytes(b"here")
     (tmp_path / "pickled").write_bytes(pickle.dumps(place))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
-from mqwen.storage import locate
+from mqwen.storage import StorageError, locate
 from mqwen.train.build import starting_point
 from mqwen.train.checkpoint import CheckpointError
 from mqwen.train.export import export
@@ -41,7 +41,7 @@ def run(trained: object, settings: RunSettings, tmp_path: Path) -> Path:
 def test_an_artifact_holds_the_trained_weights(
     run: Path, trained: dict[int, dict[str, Any]], settings: RunSettings, tmp_path: Path, step: int | None
 ) -> None:
-    assert export(locate(run), tmp_path / "artifact", step) == (step or 6)
+    assert export(locate(run), locate(tmp_path / "artifact"), step) == (step or 6)
     opened = MQWenLMHeadModel.from_pretrained(tmp_path / "artifact")
     expected = fresh_model(settings)
     expected.load_state_dict(trained[step or 6])
@@ -55,7 +55,7 @@ def test_an_artifact_holds_the_trained_weights(
 
 
 def test_an_artifact_knows_where_answers_stop(run: Path, settings: RunSettings, tmp_path: Path) -> None:
-    export(locate(run), tmp_path / "artifact")
+    export(locate(run), locate(tmp_path / "artifact"))
     processor = MQWenProcessor.from_pretrained(tmp_path / "artifact")
     assert processor.image_size == 16
     assert processor.tokenizer.fingerprint == starting_point(settings)[1].tokenizer.fingerprint
@@ -65,13 +65,13 @@ def test_an_artifact_knows_where_answers_stop(run: Path, settings: RunSettings, 
 
 def test_a_run_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{tmp_path}/missing has no committed checkpoint"):
-        export(locate(tmp_path / "missing"), tmp_path / "artifact")
+        export(locate(tmp_path / "missing"), locate(tmp_path / "artifact"))
     assert not (tmp_path / "artifact").exists()
 
 
 def test_a_step_that_is_missing_is_answered_with_those_there(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 5; there are .*2, .*4, .*6"):
-        export(locate(run), tmp_path / "artifact", step=5)
+        export(locate(run), locate(tmp_path / "artifact"), step=5)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,46 @@ def test_a_file_that_is_missing_or_cut_is_named(run: Path, tmp_path: Path, file:
     content = (run / file).read_bytes()
     (run / file).write_bytes(content[: len(content) // 3])
     with pytest.raises(CheckpointError, match=message):
-        export(locate(run), tmp_path / "artifact")
+        export(locate(run), locate(tmp_path / "artifact"))
     (run / file).unlink()
     with pytest.raises(CheckpointError, match=message):
-        export(locate(run), tmp_path / "artifact")
+        export(locate(run), locate(tmp_path / "artifact"))
     assert not (tmp_path / "artifact").exists()
+
+
+def test_an_export_replaces_one_of_another_form_whole(run: Path, tmp_path: Path) -> None:
+    names = {}
+    for target, forms in (("once", ["artifact"]), ("twice", ["llava", "artifact"])):
+        for form in forms:
+            export(locate(run), locate(tmp_path / target), form=form)  # type: ignore[arg-type]
+        names[target] = {path.name for path in (tmp_path / target).iterdir()}
+    assert names["once"] == names["twice"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": '{"model_type": "llama"}', "model.safetensors": "", "qwen.tiktoken": ""},
+        {"config.json": '{"model_type": "llava"}', "model.safetensors": ""},  # somebody's LLaVA
+        {"config.json": '{"model_type": "mqwen"}', "qwen.tiktoken": ""},  # a run's model/
+        {"config.json": "[]"},
+        {"config.json": "mine"},
+    ],
+)
+def test_what_no_export_wrote_is_not_replaced(run: Path, tmp_path: Path, files: dict[str, str]) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    for name, text in files.items():
+        (target / name).write_text(text)
+    with pytest.raises(StorageError, match="no export wrote there; choose another place"):
+        export(locate(run), locate(target))
+    assert {path.name: path.read_text() for path in target.iterdir()} == files
+
+
+def test_a_target_inside_of_the_run_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run)
+    before = sorted(run.rglob("*"))
+    for target in (run, run / "model", run / "new", tmp_path / "link" / "new", run / ".." / "run" / "new"):
+        with pytest.raises(StorageError, match=f"lies inside of the run {run}, .* choose a place beside it"):
+            export(locate(run), locate(target))
+    assert sorted(run.rglob("*")) == before

@@ -15,6 +15,7 @@ from mqwen.data.batch import Batch
 from mqwen.errors import UserError
 from mqwen.model import MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.adapters import attach_adapter
+from mqwen.storage import locate
 from mqwen.train.build import build_model, outline, starting_point
 from mqwen.train.export import export
 from mqwen.train.loop import Progress
@@ -111,7 +112,7 @@ def exported(ranks: Ranks, settings: RunSettings) -> Callable[[str], Path]:
     def of(form: str) -> Path:
         target = Path(settings.runs) / form
         if not target.exists():
-            assert export(run, target, form=form) == settings.steps  # type: ignore[arg-type]
+            assert export(run, locate(target), form=form) == settings.steps  # type: ignore[arg-type]
         return target
 
     return of
@@ -159,9 +160,9 @@ def test_a_run_without_an_adapter_exports_none(ranks: Ranks, settings: RunSettin
         pass
     ranks.run(1, train_and_keep, whole)
     with pytest.raises(SettingsError, match=rf"{run} trained no adapter.*--form artifact"):
-        export(run, Path(settings.runs) / "none", form="adapter")
+        export(run, locate(Path(settings.runs) / "none"), form="adapter")
     assert not (Path(settings.runs) / "none").exists()
-    export(run, Path(settings.runs) / "whole-artifact")
+    export(run, locate(Path(settings.runs) / "whole-artifact"))
     tuned = MQWenLMHeadModel.from_pretrained(Path(settings.runs) / "whole-artifact").state_dict()
     assert not torch.equal(tuned["lm_head.weight"], base_of(settings).state_dict()["lm_head.weight"])
 

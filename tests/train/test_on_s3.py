@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mqwen.model import MQWenLMHeadModel
-from mqwen.storage import Location, filled, local_folder
+from mqwen.storage import Location, local_folder
 from mqwen.train.build import build_model, starting_point
 from mqwen.train.export import export
 from mqwen.train.loop import Progress
@@ -64,8 +64,8 @@ def test_from_shards_to_an_artifact(
         assert loaded[0] == progress
         assert_same(loaded[1], saved)
 
-    with filled(bucket / "artifact", last="config.json") as folder:
-        assert export(run, folder) == 2
+    for form in ("llava", "artifact"):  # the second over the first
+        assert export(run, bucket / "artifact", form=form) == 2
     artifact = MQWenLMHeadModel.from_pretrained(local_folder(bucket / "artifact"))
     weights = {f"/model/{name}": tensor for name, tensor in artifact.state_dict().items()}
     assert_same(weights, {name: value for name, value in saved.items() if name.startswith("/model/")})

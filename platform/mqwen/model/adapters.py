@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from mqwen.model.components import Folder, read_json, read_pickle, read_safetensors
+from mqwen.model.components import read_pickle, read_safetensors
 from mqwen.model.errors import AdapterError
+from mqwen.model.files import Folder, read_json
 
 PREFIX = "base_model.model."
 PROJECTOR = "feature_proj"

@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mqwen.model.components import INDEX, WEIGHTS, Folder, read_json
+from mqwen.model.components import INDEX, WEIGHTS
 from mqwen.model.configuration import FORMAT_VERSION, MQWenConfig
-from mqwen.model.errors import ArtifactError, ArtifactVersionError, ConfigurationError
+from mqwen.model.errors import ArtifactError, ConfigurationError
+from mqwen.model.files import Folder, read_json
 from mqwen.model.processor import MQWenProcessor
 
+ADAPTER = "adapter_config.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # How files of torch.save start: a zip archive, or a bare pickle of protocol 2 and up.
 _PICKLES = (b"PK\x03\x04", *(b"\x80%c" % protocol for protocol in range(2, 6)))
@@ -31,6 +33,10 @@ def check_artifact(directory: Folder) -> MQWenConfig:
     folder = Path(directory)
     if not folder.is_dir():
         raise ArtifactError(folder, "is no folder; an artifact is a local folder as save_pretrained writes it")
+    if (folder / ADAPTER).exists():  # transformers would read it, and its base model from wherever it says
+        raise ArtifactError(
+            folder / ADAPTER, "an adapter lies in an artifact: move its files to a folder of their own (attach_adapter)"
+        )
     config = _read_config(folder / "config.json")
     read_json(folder / "generation_config.json")  # without it transformers would know no end of an answer
     expected = _expected_shapes(config)
@@ -60,13 +66,10 @@ def open_artifact(directory: Folder) -> tuple[MQWenConfig, MQWenProcessor]:
     """Configuration and processor of an artifact that has been checked whole, without its weights.
 
     Raises:
-        As `check_artifact` and `check_processor`.
+        As `check_artifact`, `check_processor` and `MQWenProcessor.from_components`.
     """
     config = check_artifact(directory)
-    try:
-        processor = MQWenProcessor.from_pretrained(Path(directory))
-    except (TypeError, AttributeError) as error:  # a JSON file that holds a list where an object should be
-        raise ArtifactError(Path(directory), f"its processor's files are damaged: {error}") from error
+    processor = MQWenProcessor.from_pretrained(Path(directory))
     check_processor(config, processor)
     return config, processor
 
@@ -105,14 +108,9 @@ def _read_config(path: Path) -> MQWenConfig:
             "folders are read by MQWenLMHeadModel.from_components",
         )
     version = content.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise ArtifactError(path, f"format_version is {version!r}; an artifact has 1 to {FORMAT_VERSION}")
-    if version > FORMAT_VERSION:
-        raise ArtifactVersionError(
-            path,
-            f"format_version {version} was written by a newer mqwen; this one reads up to {FORMAT_VERSION}: update it",
-        )
-    return MQWenConfig.from_dict(content)
+    return MQWenConfig.from_dict(content, name_or_path=str(path.parent))
 
 
 def _expected_shapes(config: MQWenConfig) -> dict[str, tuple[int, ...]]:

@@ -6,8 +6,6 @@ of theirs.
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,29 +18,11 @@ from torch import Tensor
 
 from mqwen.model.configuration import MQWenConfig
 from mqwen.model.errors import CheckpointError
-
-Folder = str | os.PathLike[str]
+from mqwen.model.files import Folder, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint.
-
-    Raises:
-        CheckpointError: the file is missing or is no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return content
 
 
 def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:

@@ -69,7 +69,10 @@ class PictureError(MQWenError):
 
 
 class ArtifactError(CheckpointError):
-    """An artifact that is not whole, or not this model's: names the file and, where one is at fault, the tensor."""
+    """A file of a checkpoint that is missing, damaged or another model's: names it and, if one is at fault, the tensor.
+
+    An artifact that is not whole raises this one for each of its files.
+    """
 
     def __init__(self, file: object, problem: str, tensor: str | None = None) -> None:
         super().__init__(f"{file}: {f'tensor {tensor}: ' if tensor else ''}{problem}")
@@ -77,5 +80,5 @@ class ArtifactError(CheckpointError):
         self.tensor = tensor
 
 
-class ArtifactVersionError(ArtifactError):
+class ArtifactVersionError(ArtifactError, ConfigurationError):
     """An artifact that a newer mqwen wrote."""

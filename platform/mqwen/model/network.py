@@ -16,14 +16,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mqwen.model.artifact import check_artifact
 from mqwen.model.blocks import Projector, VisionTower
 from mqwen.model.cache import MQWenCache
-from mqwen.model.components import (
-    Folder,
-    component_weights,
-    components_config,
-    load_components,
-)
+from mqwen.model.components import component_weights, components_config, load_components
 from mqwen.model.configuration import MQWenConfig
 from mqwen.model.errors import CacheError, PictureShapeError, SegmentError
+from mqwen.model.files import Folder
 from mqwen.model.generation import PictureGenerationMixin
 from mqwen.model.loss import Head, labelled_loss, token_loss
 from mqwen.model.splice import PaddingSide

@@ -8,6 +8,7 @@ H, W: height and width in pixels, equal in what comes out.
 
 import io
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from mqwen.model.errors import PictureError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+Encoded = bytes | bytearray | memoryview
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what the web sends; no decoder that starts programs or reads paths
 MAX_PIXELS = 64_000_000  # decoded RGB takes 3 bytes a pixel: 192 MB
 MAX_ASPECT = 200  # the long side grows with the short one before the crop: 224 x 44,800 at most
 
 
 def decode_picture(
-    source: bytes | Image.Image, size: int, *, fast: bool = False, max_pixels: int = MAX_PIXELS
+    source: Encoded | Image.Image, size: int, *, fast: bool = False, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
     """Decodes, turns upright (EXIF), resizes and crops a picture; of an animation the first frame.
 
@@ -44,12 +46,15 @@ def decode_picture(
     Raises:
         PictureError: not a picture of an allowed format, broken or cut short, or past a limit.
     """
-    if isinstance(source, (bytes, bytearray, memoryview)):
+    if isinstance(source, Encoded):
         given = f"{len(source)} bytes"
     elif isinstance(source, Image.Image):
         given = f"a Pillow image of mode {source.mode}"
     else:
-        raise PictureError(f"a picture is given as bytes or as a Pillow image, not as {type(source).__name__}")
+        raise PictureError(
+            f"a picture is given as a file's bytes or as a Pillow image, not as {type(source).__name__}: Path(...)."
+            "read_bytes() and Image.fromarray(...) make them"
+        )
     try:
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=FORMATS)
         _check_size(image.size, max_pixels)
@@ -72,6 +77,15 @@ def decode_picture(
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def are_statistics(mean: object, std: object) -> bool:
+    """Whether these are a mean and a standard deviation for each of three channels."""
+    return (
+        all(isinstance(values, (list, tuple)) and len(values) == 3 for values in (mean, std))
+        and all(type(value) in (int, float) and isfinite(value) for value in (*mean, *std))  # type: ignore[misc]
+        and all(value > 0 for value in std)  # type: ignore[attr-defined]
+    )
+
+
 def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """uint8 (..., 3, H, W) to float32, (pixels / 255 - mean) / std for each channel.
 
@@ -83,6 +97,8 @@ def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
+    if not width * height:
+        raise PictureError(f"the picture is {width} x {height}: it has no pixels")
     if width * height > max_pixels:
         raise PictureError(f"the picture has {width} x {height} pixels; allowed are {max_pixels:,} in all")
     if max(size) > MAX_ASPECT * min(size):
@@ -102,9 +118,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise PictureError("a picture of mode F holds floats of no known scale; convert it to RGB, or to 16-bit grey")
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255 instead of scaling
-        levels: Any = np.asarray(image).clip(0, 65535)
+    if image.mode in ("F", "I"):
+        raise PictureError(
+            f"a picture of mode {image.mode} holds numbers of no known scale; convert it to mode L (0 to 255) or I;16 "
+            "(0 to 65535)"
+        )
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255 instead of scaling
+        levels: Any = np.asarray(image)
         image = Image.fromarray((levels >> 8).astype(np.uint8))
     return image.convert("RGB")

@@ -10,14 +10,15 @@ from PIL import Image
 from transformers import BatchEncoding
 
 from mqwen.model.chat import IGNORED, EncodedChat, Message, encode_chat
-from mqwen.model.errors import CheckpointError, PictureCountError
-from mqwen.model.picture import CLIP_MEAN, CLIP_STD, MAX_PIXELS, decode_picture, normalize
+from mqwen.model.errors import ArtifactError, ConversationError, PictureCountError
+from mqwen.model.files import read_json
+from mqwen.model.picture import CLIP_MEAN, CLIP_STD, MAX_PIXELS, Encoded, are_statistics, decode_picture, normalize
 from mqwen.model.tokenizer import AllowedSpecial, MQWenTokenizer
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 BICUBIC = 3  # Pillow's number, which CLIP's files hold
 
-Picture = bytes | Image.Image
+Picture = Encoded | Image.Image
 
 
 class MQWenProcessor:
@@ -54,7 +55,8 @@ class MQWenProcessor:
         """Builds it from published folders: `qwen` holds qwen.tiktoken, `clip` holds preprocessor_config.json.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or asks for a preprocessing other than CLIP's.
+            ArtifactError: a file is missing or damaged, or asks for a preprocessing other than CLIP's.
+            VocabularyError: qwen.tiktoken is damaged.
         """
         tokenizer = MQWenTokenizer.from_pretrained(qwen, **tokenizer_options)
         return cls(tokenizer, **_read_preprocessor(Path(clip) / PREPROCESSOR_FILE))
@@ -102,8 +104,9 @@ class MQWenProcessor:
         Args:
             text: a prompt or several, in which <|extra_0|> marks a picture (when `images` are given). For text from
                 users take `messages`.
-            images: the pictures of all prompts, in their order.
-            messages: a conversation or several. Pictures come from `images`, or from the parts' "image" key.
+            images: a picture, or a list of the pictures of all prompts in their order; each a file's bytes or a Pillow
+                image.
+            messages: a conversation or several. Pictures come from `images`, or from the parts' "image" key, not both.
             add_generation_prompt: with messages, open the assistant's turn. False gives training samples, with labels.
             allowed_special: control tokens that `text` may spell out; "all" for a prompt made by a chat template.
             padding: as in transformers; on the left.
@@ -114,13 +117,15 @@ class MQWenProcessor:
             pixel_values float32 (pictures, 3, H, W) when there are pictures.
 
         Raises:
-            ConversationError: messages that cannot be laid out.
+            ConversationError: messages that cannot be laid out, or that give pictures in a way that is not read.
             PictureError: an unreadable picture, or one past the limits.
             PictureCountError: not as many pictures as placeholders.
         """
         if (text is None) == (messages is None):
             raise TypeError("give either text or messages")
-        pictures = [images] if isinstance(images, (bytes, Image.Image)) else list(images or ())
+        if messages is not None and allowed_special is not None:
+            raise TypeError("allowed_special goes with text: in messages no text can spell control tokens out")
+        pictures: list[Any] = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
         training = False
         if messages is not None:
             batched = bool(messages) and not isinstance(messages[0], Mapping)
@@ -129,9 +134,12 @@ class MQWenProcessor:
                 encode_chat(self.tokenizer, conversation, add_generation_prompt=add_generation_prompt)
                 for conversation in conversations
             ]
-            pictures = pictures or [
-                part["image"] for conversation in conversations for part in _parts(conversation) if "image" in part
-            ]
+            brought = [picture for conversation in conversations for picture in _pictures(conversation)]
+            if pictures and brought:
+                raise ConversationError(
+                    f"pictures come both ways: {len(pictures)} in images=, {len(brought)} in the messages; choose one"
+                )
+            pictures = pictures or brought
             training = not add_generation_prompt
         else:
             batched = not isinstance(text, str)
@@ -189,22 +197,32 @@ class MQWenProcessor:
         return batch
 
 
-def _parts(conversation: Sequence[Message]) -> list[dict[str, Any]]:
-    return [part for message in conversation if not isinstance(message["content"], str) for part in message["content"]]
+def _pictures(conversation: Sequence[Message]) -> list[Picture]:
+    """The pictures in a conversation's parts."""
+    found = []
+    for number, message in enumerate(conversation):
+        for part in message["content"] if not isinstance(message["content"], str) else ():
+            if part["type"] != "image":
+                continue
+            # None: rows of a table have the keys of all parts in each.
+            if unread := [key for key, value in part.items() if key not in ("type", "image") and value is not None]:
+                raise ConversationError(
+                    f"message {number}: {', '.join(unread)} of a picture is not read; give its file's bytes, or a "
+                    "Pillow image, as 'image', or beside the messages as images="
+                )
+            if part.get("image") is not None:
+                found.append(part["image"])
+    return found
 
 
 def _read_preprocessor(path: Path) -> dict[str, Any]:
     """What a CLIP folder's preprocessor_config.json sets, and a check that the rest is CLIP's own preprocessing."""
-    try:
-        settings = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: a processor needs it beside the tokenizer's files") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    size = settings.get("size", 224)
-    crop = settings.get("crop_size", 224)
+    settings = read_json(path)
+    size, crop = settings.get("size", 224), settings.get("crop_size", 224)
     short = size.get("shortest_edge") if isinstance(size, dict) else size
-    sides = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop}
+    sides = [crop.get("height"), crop.get("width")] if isinstance(crop, dict) else [crop, crop]
+    factor = settings.get("rescale_factor", 1 / 255)
+    mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
     expected = {
         "do_convert_rgb": True,
         "do_resize": True,
@@ -214,17 +232,16 @@ def _read_preprocessor(path: Path) -> dict[str, Any]:
         "resample": BICUBIC,
     }
     wrong = [f"{name}={settings[name]}" for name, value in expected.items() if settings.get(name, value) != value]
-    if abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        wrong.append(f"rescale_factor={settings['rescale_factor']}")
-    if sides != {short}:
+    if type(factor) is not float or abs(factor - 1 / 255) > 1e-9:
+        wrong.append(f"rescale_factor={factor}")
+    if type(short) is not int or short < 1 or sides != [short, short]:
         wrong.append(f"size={size} with crop_size={crop}")
+    if not are_statistics(mean, std):
+        wrong.append(f"image_mean={mean} with image_std={std}")
     if wrong:
-        raise CheckpointError(
-            f"{path}: {', '.join(wrong)}; allowed is CLIP's preprocessing: RGB, bicubic resize of the short side, a "
-            "square centre crop of the same size, rescale by 1/255, normalise"
+        raise ArtifactError(
+            path,
+            f"{', '.join(wrong)}; allowed is CLIP's preprocessing: RGB, bicubic resize of the short side, a square "
+            "centre crop of the same size, rescale by 1/255, normalise by three means and three positive deviations",
         )
-    return {
-        "image_size": short,
-        "image_mean": settings.get("image_mean", CLIP_MEAN),
-        "image_std": settings.get("image_std", CLIP_STD),
-    }
+    return {"image_size": short, "image_mean": mean, "image_std": std}

@@ -10,14 +10,17 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import tiktoken
+from jinja2 import TemplateError
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from mqwen.model.chat import CHAT_TEMPLATE, Message, encode_chat
-from mqwen.model.errors import CheckpointError, ConversationError
+from mqwen.model.errors import ArtifactError, CheckpointError, ConversationError, MQWenError
+from mqwen.model.files import read_json, read_text
 from mqwen.model.vocabulary import (
     CHARACTER_TO_BYTE,
     CONTROL_TOKENS,
@@ -28,6 +31,9 @@ from mqwen.model.vocabulary import (
     token_string,
     write_ranks,
 )
+
+OPTIONS_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 
 AllowedSpecial = Literal["all"] | Collection[str]
 
@@ -79,10 +85,23 @@ class MQWenTokenizer(PreTrainedTokenizer):
         Raises:
             CheckpointError: it does not; transformers would look for the name on the Hub.
             VocabularyError: the file is damaged.
+            ArtifactError: another one is.
         """
-        if not (Path(directory) / VOCABULARY_FILE).is_file():
+        folder = Path(directory)
+        if not (folder / VOCABULARY_FILE).is_file():
             raise CheckpointError(f"{directory} holds no {VOCABULARY_FILE}; give a local folder with that file")
-        return super().from_pretrained(str(directory), *inputs, **kwargs)
+        if (folder / TEMPLATE_FILE).exists():
+            read_text(folder / TEMPLATE_FILE)
+        if (folder / OPTIONS_FILE).exists():
+            read_json(folder / OPTIONS_FILE)
+        try:
+            return super().from_pretrained(str(directory), *inputs, **kwargs)
+        except MQWenError:
+            raise
+        except Exception as error:  # transformers checks no option, and fails by whatever comes of it
+            raise ArtifactError(
+                folder / OPTIONS_FILE, f"no tokenizer can be made with these options: {error}"
+            ) from error
 
     @property
     def vocab_size(self) -> int:
@@ -115,12 +134,20 @@ class MQWenTokenizer(PreTrainedTokenizer):
 
         Args:
             allowed_special: control tokens that text may spell out, or "all". Never for text from users.
+
+        Raises:
+            ValueError: an allowed one that is no control token.
         """
         text = unicodedata.normalize("NFC", text)
         pieces = _LONG_WHITE_SPACE.split(text) if _LONG_WHITE_SPACE.search(text) else [text]
         if not allowed_special:
             return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
-        allowed: Any = "all" if allowed_special == "all" else set(allowed_special)
+        allowed: Any = allowed_special if isinstance(allowed_special, str) else set(allowed_special)
+        if allowed != "all" and (isinstance(allowed, str) or not allowed <= self._control.keys()):
+            raise ValueError(
+                f'allowed_special={allowed_special!r}: "all" or a list of control tokens is allowed; those are '
+                f"{', '.join(CONTROL_TOKENS[:4])} to {CONTROL_TOKENS[-1]}"
+            )
         return [
             token
             for piece in pieces
@@ -148,6 +175,8 @@ class MQWenTokenizer(PreTrainedTokenizer):
                 return self.encode_text(value, allowed_special) or value  # it refuses an empty list of ids
             return [to_ids(item) for item in value] if isinstance(value, (list, tuple)) else value
 
+        if kwargs.pop("return_offsets_mapping", False):
+            raise NotImplementedError("this tokenizer knows no offsets; `to_fast()` makes one that does")
         if kwargs.get("is_split_into_words"):
             return super()._encode_plus(text, text_pair, allowed_special=allowed_special, **kwargs)
         return super()._encode_plus(to_ids(text), to_ids(text_pair), **kwargs)
@@ -160,10 +189,27 @@ class MQWenTokenizer(PreTrainedTokenizer):
         errors: str = "replace",
         **kwargs: Any,
     ) -> str:
-        """Ids to text. Ids without a meaning (negative, or past the control tokens) give no text."""
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        """Ids to text; what is no UTF-8 becomes U+FFFD, and so do ids without a meaning: negative ones, a model's rows
+        past the control tokens. With `skip_special_tokens` those give no text, as control tokens.
+
+        Raises:
+            TypeError: an id that is no integer.
+        """
+        ids = list(token_ids) if isinstance(token_ids, Iterable) else [token_ids]
+        if wrong := [i for i in ids if not isinstance(i, Integral)]:
+            raise TypeError(f"a token id is an integer, not {wrong[0]!r:.80} ({type(wrong[0]).__name__})")
         end = len(self._ranks) if skip_special_tokens else self.vocab_size
-        return self._encoding.decode_bytes([int(i) for i in ids if 0 <= i < end]).decode("utf-8", errors)
+        unknown = b"" if skip_special_tokens else "\N{REPLACEMENT CHARACTER}".encode()
+        of = self._encoding.decode_single_token_bytes
+        return b"".join(of(i) if 0 <= i < end else unknown for i in ids).decode("utf-8", errors)
+
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        if unknown := [str(token) for token in new_tokens if str(token) not in self._control]:
+            raise NotImplementedError(
+                f"{unknown[0]!r} cannot be added: Qwen's vocabulary is what its file holds, and {len(CONTROL_TOKENS)} "
+                f"control tokens, of which <|extra_1|> to {CONTROL_TOKENS[-1]} are free to be given a meaning"
+            )
+        return 0
 
     def _convert_token_to_id(self, token: str) -> int | None:
         return self.get_vocab().get(token)
@@ -190,18 +236,25 @@ class MQWenTokenizer(PreTrainedTokenizer):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """transformers' method; with `tokenize` ids come from `encode_chat`, so that no text becomes control ids."""
+        """transformers' method; with `tokenize` ids come from `encode_chat`, so that no text becomes control ids.
+
+        Raises:
+            ConversationError: messages that the template, or Qwen's layout, has no place for.
+        """
         if not tokenize:
-            return super().apply_chat_template(
-                conversation,
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **kwargs,
-            )
+            try:
+                return super().apply_chat_template(
+                    conversation,
+                    tools=tools,
+                    documents=documents,
+                    chat_template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **kwargs,
+                )
+            except TemplateError as error:  # the template's own, of which it makes its refusals too
+                raise ConversationError(f"the chat template cannot be filled in: {error}") from error
         refused = {"tools": tools, "documents": documents, "chat_template": chat_template, **kwargs}
         refused["continue_final_message"] = continue_final_message
         if given := [name for name, value in refused.items() if value]:

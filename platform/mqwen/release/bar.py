@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
 from mqwen.release.errors import ReleaseError
 
@@ -17,9 +18,16 @@ class Bar:
     loss: float | None = None
 
     def check_given(self) -> None:
-        """Raises ReleaseError for a bar that everything passes."""
+        """Raises ReleaseError for a bar that everything passes, or nothing can."""
         if self.exact_match is None and self.cider_d is None and self.loss is None:
             raise ReleaseError("no bar is given: at least one of --bar.exact-match, --bar.cider-d and --bar.loss")
+        for option, value, most in (
+            ("exact-match", self.exact_match, 1),
+            ("cider-d", self.cider_d, 10),
+            ("loss", self.loss, inf),
+        ):
+            if value is not None and not 0 <= value <= most:
+                raise ReleaseError(f"--bar.{option} is {value}; 0 to {most} is allowed")
 
     def check(self, scores: Mapping[str, float]) -> None:
         """Raises ReleaseError that lists every score that misses the bar."""

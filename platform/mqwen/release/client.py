@@ -11,8 +11,11 @@ from typing import Any
 
 import httpx
 
+from mqwen.release.errors import ReleaseError
+
 AT_ONCE = 16  # requests under way
 TIMEOUT = 60.0  # seconds for one answer
+CHECK_TIMEOUT = 10.0  # seconds for an answer that no model is needed for
 TRIES = 5  # where a server is too busy for a question
 MAX_WAIT = 30.0  # seconds between them
 BUSY = (429, 503)
@@ -29,6 +32,20 @@ class Server:
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+
+def check(server: Server) -> None:
+    """Raises ReleaseError where the server does not answer to this key."""
+    try:
+        response = httpx.get(f"{server.url}/v1/models", headers=server.headers, timeout=CHECK_TIMEOUT)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ReleaseError(
+            f"--service.url: the live model does not answer at {server.url} ({type(error).__name__}: {error})"
+        ) from error
+    if response.status_code in (401, 403):
+        raise ReleaseError(f"MQWEN_API_KEY is no key of the live model at {server.url} ({response.status_code})")
+    if not response.is_success and response.status_code not in BUSY:
+        raise ReleaseError(f"--service.url: {server.url} answers {response.status_code} to GET /v1/models")
 
 
 @dataclass(frozen=True)

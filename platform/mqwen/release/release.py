@@ -15,9 +15,10 @@ from mqwen.evaluate.answerer import Generation
 from mqwen.evaluate.evaluation import Actors, Evaluation, write_report
 from mqwen.release.bar import Bar
 from mqwen.release.canary import Canary, Comparison, compare
+from mqwen.release.client import check
 from mqwen.release.service import Service, ServiceSettings
-from mqwen.storage import Location, filled, readable, writable
-from mqwen.train.export import LAST_FILE, export, find_checkpoint
+from mqwen.storage import Location, readable, writable
+from mqwen.train.export import export, find_checkpoint
 
 Progress = Callable[[int, int], None]
 
@@ -54,12 +55,13 @@ class Release:
         self.name = f"{service.model}-{self._run.name}-{find_checkpoint(self._run, settings.step).name}"
         self.folder = writable(settings.to) / self.name
         self._artifact = self.folder / "artifact"
-        service.check_free(str(self._artifact))
-        self._live = service.live
+        service.check_free(self.name, str(self._artifact))
+        if live := service.live:
+            check(service.server(live))
+        self._live = live
 
     def export(self) -> None:
-        with filled(self._artifact, LAST_FILE["artifact"]) as files:
-            export(self._run, files, self._settings.step)
+        export(self._run, self._artifact, self._settings.step)
 
     def evaluate(self, progress: Progress) -> dict[str, float]:
         """The held-out set's scores. Needs a Ray cluster. Raises ReleaseError below the bar."""

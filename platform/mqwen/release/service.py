@@ -16,13 +16,17 @@ from typing import Any
 
 import ray
 import yaml
+from pydantic import ValidationError
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.exceptions import RayError
+from ray.serve.schema import ServeDeploySchema
 
 from mqwen.release.client import Server
 from mqwen.release.errors import ReleaseError
 
 LOOPBACK = "127.0.0.1"
 POLL = 0.5  # seconds
+TIMEOUT = 30.0  # seconds in which the dashboard must say something
 MODEL = "ModelReplica"  # of an application's deployments the one that scales; serve/app.py names it
 
 Application = dict[str, Any]
@@ -42,11 +46,20 @@ class ServiceSettings:
     start_limit: float = 600.0
 
 
+class _Client(ServeSubmissionClient):
+    """Ray's waits for an answer without an end."""
+
+    def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._do_request(*args, timeout=TIMEOUT, **kwargs)
+
+
 class Service:
     """One model's applications on a cluster. `key` is what clients send; it may be empty where `auth` is off."""
 
     def __init__(self, settings: ServiceSettings, key: str) -> None:
         """Raises ReleaseError for a config that is none, a missing key, or a dashboard that does not answer."""
+        if not settings.start_limit >= 0:
+            raise ReleaseError(f"--service.start-limit is {settings.start_limit}; 0 or more seconds are allowed")
         self._config, self._template = _read_config(settings.config)
         self._limit = settings.start_limit
         self._http = {"host": LOOPBACK} | (
@@ -61,7 +74,7 @@ class Service:
         self._key = key
         self._address = settings.address
         with self._answers():
-            self._client = ServeSubmissionClient(settings.address)
+            self._client = _Client(settings.address)
 
     @property
     def live(self) -> Application | None:
@@ -83,12 +96,17 @@ class Service:
         found = [one for one in self._mine() if one["route_prefix"] != self._route]
         return found[0] if found else None
 
-    def check_free(self, checkpoint: str) -> None:
-        """Raises ReleaseError where this checkpoint is deployed already: it must not be written over."""
+    def check_free(self, name: str, checkpoint: str) -> None:
+        """Raises ReleaseError where this name or checkpoint is deployed already: neither must be written over."""
         for one in self._mine():
             if one["args"].get("checkpoint") == checkpoint:
                 where = "live already" if one["route_prefix"] == self._route else "standing by: roll back to it"
                 raise ReleaseError(f"{checkpoint} is {where} (application {one['name']!r})")
+        if name in self._details():
+            raise ReleaseError(
+                f"another application {name!r} is deployed already, from another place; end it, or give the run "
+                "another name"
+            )
 
     @contextmanager
     def candidate(self, name: str, checkpoint: str) -> Iterator[Application]:
@@ -105,8 +123,14 @@ class Service:
         try:
             self._deploy([*stay, one], new=one)
             yield one
-        except BaseException:
-            self._put(stay)
+        except BaseException as error:
+            try:
+                self._put(stay)
+            except ReleaseError as second:
+                raise ReleaseError(
+                    f"{str(error) or 'stopped'}; then application {name!r} could not be ended, and stands beside the "
+                    f"live one until it is: {second}"
+                ) from error
             raise
 
     def switch(self, to: Application) -> str:
@@ -163,8 +187,9 @@ class Service:
     def _answers(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError, ValueError) as error:  # a connection's errors, and an answer that is no success
-            said = str(error).strip().splitlines()[0]
+        # A connection's errors, a token that is none, an answer that is no success, or of something else than Ray.
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, RayError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ReleaseError(f"--service.address {self._address}: the Ray dashboard there says no: {said}") from error
 
     def _deploy(self, mine: list[Application], *, new: Application) -> None:
@@ -196,8 +221,13 @@ def _read_config(file: Path) -> tuple[dict[str, Any], Application]:
         (application,) = config["applications"]
         if not application["args"]["name"]:
             raise KeyError("name")
+        ServeDeploySchema.model_validate({name: part for name, part in config.items() if part is not None})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ReleaseError(f"--service.config {file} cannot be read: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        where = ".".join(map(str, first["loc"]))
+        raise ReleaseError(f"--service.config {file} is not what Serve takes: {where}: {first['msg']}") from error
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ReleaseError(
             f"--service.config {file} must hold one application with args.name, the model's name; see serve/config.yaml"

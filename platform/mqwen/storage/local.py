@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 
 import pyarrow.fs as pafs
@@ -19,6 +19,7 @@ from mqwen.storage.errors import StorageError
 from mqwen.storage.location import Location
 
 FILES_AT_ONCE = 4
+PARTIAL = ".partial-"  # starts the name of what is not whole; one that a dead process left is deleted later
 
 
 def local_folder(location: Location, without: str = "", needs: str = "") -> Path:
@@ -77,24 +78,40 @@ def _digest(*what: object) -> str:
 def filled(target: Location, last: str) -> Iterator[Path]:
     """A folder of this machine to be filled; what it holds when the block ends without an error is what `target` holds.
 
-    The file named `last` is there last, and is taken away first where `target` held another one: who finds it finds
-    all of them. A local target is filled in place. Raises StorageError, before anything, where `target` holds files
-    without one of that name, or folders: they are something else.
+    Until then `target` stays as it was, also where the process dies in the block. Then the file named `last` is taken
+    away first and put there last: who finds it finds all of them. Raises StorageError, before anything, where `target`
+    holds files without one of that name, or folders: they are something else.
     """
-    names, there = target.names(), target.sizes().keys()
+    names, there = [name for name in target.names() if not name.startswith(PARTIAL)], target.sizes().keys()
     if names and (last not in there or len(names) > len(there)):
         raise StorageError(f"{target} holds other files ({', '.join(names[:3])}); choose another place")
-    if isinstance(target.filesystem, pafs.LocalFileSystem):
-        yield Path(target.path)
-        return
-    with tempfile.TemporaryDirectory(prefix="mqwen-") as local:
-        yield Path(local)
-        files = {path.name: path for path in Path(local).iterdir()}
+    local = isinstance(target.filesystem, pafs.LocalFileSystem)
+    with _made(Path(target.path)) if local else tempfile.TemporaryDirectory(prefix="mqwen-") as beside:
+        yield Path(beside)
+        files = {path.name: path for path in Path(beside).iterdir()}
         (target / last).delete()
-        for name in there - files.keys():
+        for name in set(target.names()) - files.keys() - {Path(beside).name}:
             (target / name).delete()
         for name in sorted(files, key=lambda name: name == last):
-            (target / name).upload(files[name])
+            if local:
+                files[name].replace(Path(target.path) / name)
+            else:
+                (target / name).upload(files[name])
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[str]:
+    """A folder inside of one that is made if missing: on its filesystem files move at once, mount points included."""
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as inside:
+            yield inside
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                folder.rmdir()  # it stays where somebody else has put something there
+        raise
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 import pyarrow as pa
@@ -43,6 +43,14 @@ class Location:
     @property
     def name(self) -> str:
         return self.path.rstrip("/").rsplit("/", 1)[-1]
+
+    def is_inside(self, other: Location) -> bool:
+        """Whether it is `other`, or lies at any depth inside of it; symbolic links are followed."""
+        if type(self.filesystem) is not type(other.filesystem):
+            return False
+        if isinstance(self.filesystem, pafs.LocalFileSystem):
+            return Path(self.path).resolve().is_relative_to(Path(other.path).resolve())
+        return PurePosixPath(self.path).is_relative_to(other.path)
 
     def size(self) -> int | None:
         """Bytes of a file, or None where there is no file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from mqwen.model import MQWenConfig, MQWenLMHeadModel, MQWenProcessor
 from mqwen.model.llava import export_llava
-from mqwen.storage import Location
+from mqwen.model.vocabulary import VOCABULARY_FILE
+from mqwen.storage import Location, StorageError, filled
 from mqwen.train import checkpoint
 from mqwen.train.checkpoint import CheckpointError
 from mqwen.train.settings import LoraSettings, SettingsError
@@ -22,6 +24,7 @@ LAST_FILE = {
     "adapter": "adapter_config.json",
     "llava": "config.json",
 }  # whole, if it is there
+MODEL_TYPES = ("mqwen", "llava")  # of what this file writes
 
 
 def find_checkpoint(run: Location, step: int | None) -> Location:
@@ -36,12 +39,40 @@ def find_checkpoint(run: Location, step: int | None) -> Location:
     raise CheckpointError(f"{run} has no checkpoint of step {step}; there are {', '.join(c.name for c in found)}")
 
 
-def export(run: Location, target: Path, step: int | None = None, form: Form = "artifact") -> int:
-    """Writes a run's checkpoint into the folder `target`; returns the checkpoint's step.
+def export(run: Location, target: Location, step: int | None = None, form: Form = "artifact") -> int:
+    """Makes `target` hold a run's checkpoint, in place of an earlier export; returns the checkpoint's step.
 
     An adapter is merged into the weights, but for the form "adapter", which is PEFT's folder of it alone, with the
     modules that were trained beside it.
+
+    Raises:
+        StorageError: `target` holds something else, or lies inside of the run.
+        CheckpointError, SettingsError: no such checkpoint, a damaged one, or none of this form.
     """
+    _check_target(run, target, LAST_FILE[form])
+    with filled(target, LAST_FILE[form]) as folder:
+        return _write(run, folder, step, form)
+
+
+def _check_target(run: Location, target: Location, last: str) -> None:
+    """Files that no export wrote are not replaced."""
+    if target.is_inside(run):
+        raise StorageError(f"{target} lies inside of the run {run}, which is training's: choose a place beside it")
+    if last != "config.json" or not (target / last).size():
+        return  # an adapter, or nothing that is looked at here
+    try:
+        kind = json.loads((target / last).read_bytes()).get("model_type")
+    except (ValueError, AttributeError):
+        kind = None
+    weights = any(name.endswith(".safetensors") for name in target.names())
+    if kind not in MODEL_TYPES or VOCABULARY_FILE not in target.names() or not weights:
+        raise StorageError(
+            f"{target} holds a config.json of model_type {kind!r} that no export wrote there; choose another place, or "
+            "take away what is in it"
+        )
+
+
+def _write(run: Location, target: Path, step: int | None, form: Form) -> int:
     source = find_checkpoint(run, step)
     commit = checkpoint.read_commit(source)  # a missing or truncated file shows before the model is built
     lora = LoraSettings(**commit.settings["model"].get("lora", {}))
