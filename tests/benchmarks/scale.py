@@ -7,13 +7,15 @@ fsdp2    weak scaling: the real job (recipe sft-full, Qwen-1.8B with CLIP-L, ran
          a step's end to the next one's grew by; then a traced step
 zero3    the same with DeepSpeed's ZeRO-3
 digest   a small model's run on the same global batch: what its loops received, beside what a plain loop reads
-serve    replicas with a GPU each under Ray Serve, and conversations by OpenAI's client in other processes
+serve    replicas with a GPU each under Ray Serve, and conversations by OpenAI's client in other processes; with
+         RAY_SERVE_ENABLE_HA_PROXY=1 in the environment, through HAProxy
 kill     SIGKILL of a rank at the largest number: seconds to the next step, goodput
 elastic  a small model's run that loses a node with half of its GPUs, and gets another
 plan     needs no GPU: what a worker of 8 and of 64 holds, and what it gathers and reduces in a step
 
-Exposed communication is the time of the traced step, on rank 0, in which a collective ran and no other kernel did; it
-holds what that rank waited for others. Beside it stands the plain difference to one GPU's step.
+Exposed communication is the time of the traced step, on rank 0, in which a collective ran and no other kernel did: an
+upper bound, as it holds what that rank waited for others, and what tracing itself delays. Beside it stands the plain
+difference to one GPU's step, which nothing was traced in.
 
 Writes a dated Markdown file and the same as JSON into `--out` after each case; what a file of that day holds there
 already stays. `--join` takes in other such files. `--tiny` shows on a CPU, with gloo, that all of it runs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -53,6 +54,9 @@ def serve(place: Place, talk: Talk, count: int) -> Iterator[Case]:
         "cpus": 1 if place.gpus else 0.25,
         "max_ongoing_requests": talk.clients * 3 // 2,
     }
+    haproxy = (
+        os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    )  # Ray's own switch: HAProxy before the ingress replicas
     processes = talk.processes * count
     with running(options) as service, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         load = Load(
@@ -73,12 +77,13 @@ def serve(place: Place, talk: Talk, count: int) -> Iterator[Case]:
         for streamed in (False, True):
             case = measure(service, pool, replace(load, streamed=streamed), talk, processes)
             yield {
-                "name": f"serve {count}{' streamed' if streamed else ''}",
+                "name": f"serve {count}{' streamed' if streamed else ''}{' haproxy' if haproxy else ''}",
                 "part": "serve",
                 "world_size": count,
                 "backend": "ray serve",
                 "device": place.about["device"],
                 "streamed": streamed,
+                "haproxy": haproxy,
                 "clients": talk.clients * count,
                 "out": talk.out,
                 "turns": TURNS,

@@ -113,11 +113,20 @@ def _digests(cases: list[Case]) -> list[str]:
 def _serve(cases: list[Case]) -> list[str]:
     if not cases:
         return []
-    alone = {case["streamed"]: case for case in cases if case["world_size"] == 1}
-    head = ["case", "replicas", "tokens/s", "times one replica's", "requests/s", "prefix hits", "failed", "client, s"]
+    alone = {(case["streamed"], case["haproxy"]): case for case in cases if case["world_size"] == 1}
+    head = [
+        "case",
+        "replicas",
+        "tokens/s",
+        "times one replica's",
+        "requests/s",
+        "prefix hits",
+        "failed",
+        "busiest client",
+    ]
     rows = []
     for case in cases:
-        one = alone.get(case["streamed"])
+        one = alone.get((case["streamed"], case["haproxy"]))
         times = case["tokens_per_s"] / one["tokens_per_s"] if one else ""
         row = [case["name"], case["world_size"], case["tokens_per_s"], times, case["requests_per_s"]]
         rows.append([*row, case["prefix_hits"], case["failed"], case["client_busy"]])
