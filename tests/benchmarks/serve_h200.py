@@ -222,7 +222,11 @@ def start(folder: Path, device: torch.device, *, compiled: bool) -> str:
 
 def compare(alone: list[Served], served: list[Served]) -> str:
     """A table, and what Ray Serve costs."""
-    lines = ["The service under Ray Serve over HTTP, a picture and 64 tokens in a chat (greedy, streamed):", ""]
+    through = " through HAProxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else ""
+    lines = [
+        f"The service under Ray Serve over HTTP{through}, a picture and 64 tokens in a chat (greedy, streamed):",
+        "",
+    ]
     lines += ["| requests | out | what | tokens/s | first, ms | p99 | between, ms |", "|---|---|---|---|---|---|---|"]
     for name, those in (("engine alone", alone), ("Ray Serve", served)):
         lines += [

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 KEY = "sk-benchmark"
 NAME = "served"
 CLIENTS = 8  # processes
+INGRESSES = 4  # on a card's machine, which has cores for them
 ROUNDS = 9  # of one request after the other, where one is asked at once
 
 
@@ -157,9 +158,11 @@ def engine_alone(
 
 
 def under_serve(artifact: Path, gpus: int, draw: Draw, counts: list[int], outs: list[int]) -> list[Served]:
-    """From other processes, by HTTP."""
+    """From other processes, by HTTP; through HAProxy where RAY_SERVE_ENABLE_HA_PROXY is 1."""
+    options = {"checkpoint": str(artifact), "name": NAME, "gpus": gpus, "routing": "random"}
+    options |= {"ingress_replicas": INGRESSES if gpus else 1}
     with (
-        running({"checkpoint": str(artifact), "name": NAME, "gpus": gpus, "routing": "random"}) as service,
+        running(options) as service,
         ProcessPoolExecutor(CLIENTS, get_context("spawn")) as pool,
     ):
         list(pool.map(partial(ask_all, service.url, KEY, 0.0), [[]] * CLIENTS))  # they are there
