@@ -54,9 +54,7 @@ def serve(place: Place, talk: Talk, count: int) -> Iterator[Case]:
         "cpus": 1 if place.gpus else 0.25,
         "max_ongoing_requests": talk.clients * 3 // 2,
     }
-    haproxy = (
-        os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
-    )  # Ray's own switch: HAProxy before the ingress replicas
+    haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"  # Ray's own switch
     processes = talk.processes * count
     with running(options) as service, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         load = Load(
