@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
+from ray.serve.schema import ServeDeploySchema
 from rich.console import Console
 
 from mqwen import cli
@@ -45,7 +46,7 @@ def main() -> None:
         Annotated[Ship, tyro.conf.subcommand("ship")] | Annotated[RollBack, tyro.conf.subcommand("roll-back")],
         description=__doc__,
     )
-    service = Service(command.service, key=os.environ.get("MQWEN_API_KEY", ""))
+    service = Service(command.service, os.environ.get("MQWEN_API_KEY", ""), ServeDeploySchema.model_validate)
     print(ship(command, service) if isinstance(command, Ship) else service.roll_back())
 
 

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from ray.serve.schema import ServeDeploySchema
 
 from mqwen.data.sample import Sample
 from mqwen.release.bar import Bar
@@ -180,7 +181,7 @@ def test_a_service_that_cannot_be_used(config: object, message: str, tmp_path: P
     if config is not None:
         file.write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(ReleaseError, match=message):
-        Service(ServiceSettings(file, address="http://127.0.0.1:9"), key="")
+        Service(ServiceSettings(file, address="http://127.0.0.1:9"), "", ServeDeploySchema.model_validate)
 
 
 def free_config(tmp_path: Path) -> Path:
@@ -193,7 +194,7 @@ def free_config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("limit", [-1.0, float("nan")])
 def test_a_start_limit_out_of_range(limit: float, tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match=r"--service.start-limit is .*; 0 or more seconds are allowed"):
-        Service(ServiceSettings(free_config(tmp_path), start_limit=limit), key="")
+        Service(ServiceSettings(free_config(tmp_path), start_limit=limit), "", ServeDeploySchema.model_validate)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_a_start_limit_out_of_range(limit: float, tmp_path: Path) -> None:
 )
 def test_what_answers_is_no_ray_dashboard_or_wants_a_token(status: int, body: bytes, tmp_path: Path) -> None:
     with serving([(status, body)]) as url, pytest.raises(ReleaseError, match=f"--service.address {url}: the Ray dash"):
-        Service(ServiceSettings(free_config(tmp_path), address=url), key="")
+        Service(ServiceSettings(free_config(tmp_path), address=url), "", ServeDeploySchema.model_validate)
 
 
 def test_a_dashboard_that_is_mute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +212,7 @@ def test_a_dashboard_that_is_mute(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(
             ReleaseError, match=f"--service.address {url}: the Ray dashboard there says no: .*timed out"
         ):
-            Service(ServiceSettings(free_config(tmp_path), address=url), key="")
+            Service(ServiceSettings(free_config(tmp_path), address=url), "", ServeDeploySchema.model_validate)
 
 
 class Sick:
@@ -239,7 +240,7 @@ def sick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Sick, Service
     """An ill live application `old`, another one `new` beside it."""
     found = Sick()
     monkeypatch.setattr("mqwen.release.service._Client", lambda address: found)
-    service = Service(ServiceSettings(free_config(tmp_path), start_limit=0.0), key="")
+    service = Service(ServiceSettings(free_config(tmp_path), start_limit=0.0), "", ServeDeploySchema.model_validate)
     old, new = (GOOD | {"args": {"name": "mine"}, "name": name, "route_prefix": f"/{name}"} for name in ("old", "new"))
     found.deploy_applications({"applications": [old | {"route_prefix": "/"}, new]})
     return found, service

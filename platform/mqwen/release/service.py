@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ import yaml
 from pydantic import ValidationError
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.exceptions import RayError
-from ray.serve.schema import ServeDeploySchema
 
 from mqwen.release.client import Server
 from mqwen.release.errors import ReleaseError
@@ -54,13 +53,16 @@ class _Client(ServeSubmissionClient):
 
 
 class Service:
-    """One model's applications on a cluster. `key` is what clients send; it may be empty where `auth` is off."""
+    """One model's applications on a cluster. `key` is what clients send; it may be empty where `auth` is off.
 
-    def __init__(self, settings: ServiceSettings, key: str) -> None:
+    `check` is given a config as `serve deploy` reads it, and raises pydantic's ValidationError where Serve refuses it.
+    """
+
+    def __init__(self, settings: ServiceSettings, key: str, check: Callable[[dict[str, Any]], object]) -> None:
         """Raises ReleaseError for a config that is none, a missing key, or a dashboard that does not answer."""
         if not settings.start_limit >= 0:
             raise ReleaseError(f"--service.start-limit is {settings.start_limit}; 0 or more seconds are allowed")
-        self._config, self._template = _read_config(settings.config)
+        self._config, self._template = _read_config(settings.config, check)
         self._limit = settings.start_limit
         self._http = {"host": LOOPBACK} | (
             self._config.get("http_options") or {}
@@ -214,14 +216,14 @@ class Service:
             time.sleep(POLL)
 
 
-def _read_config(file: Path) -> tuple[dict[str, Any], Application]:
+def _read_config(file: Path, check: Callable[[dict[str, Any]], object]) -> tuple[dict[str, Any], Application]:
     """The whole of it, and its one application."""
     try:
         config = yaml.safe_load(file.read_text())
         (application,) = config["applications"]
         if not application["args"]["name"]:
             raise KeyError("name")
-        ServeDeploySchema.model_validate({name: part for name, part in config.items() if part is not None})
+        check({name: part for name, part in config.items() if part is not None})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ReleaseError(f"--service.config {file} cannot be read: {str(error).splitlines()[0]}") from error
     except ValidationError as error:
