@@ -19,15 +19,11 @@ from serve.settings import ModelSettings, Settings
 from serve.tracing import environment
 
 LOOK_BACK = 15.0  # seconds of load that the number of replicas follows; Serve hears of it each ten
-# The ingress asks replicas by gRPC, in one event loop: object references and three loops take it twice as long. What
-# large bodies took goes back to the system at once: glibc would keep the most that ever was there at a time.
+# The ingress asks replicas by gRPC, in one event loop: object references and three loops take it twice as long.
 INGRESS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "MALLOC_MMAP_THRESHOLD_": "131072",  # bytes
-    "MALLOC_TRIM_THRESHOLD_": "131072",
-    "MALLOC_ARENA_MAX": "2",
 }
 LOGS = LoggingConfig(encoding="JSON")  # each line with the request's id
 
