@@ -55,7 +55,7 @@ def cluster(cpus: int, show_workers: bool = True, dashboard: bool = True) -> Ite
     on_sigterm = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": show_workers}
     ours = "RAY_ADDRESS" not in os.environ
-    others = psutil.Process().children(recursive=True)  # of the caller, and not ours to end
+    others = set(psutil.Process().children(recursive=True))  # of the caller, and not ours to end
     if ours:
         # Also for what runs on it: without the address its processes would look for clusters, and may find another.
         os.environ["RAY_ADDRESS"] = f"{LOOPBACK}:{_free_port()}"
@@ -67,8 +67,7 @@ def cluster(cpus: int, show_workers: bool = True, dashboard: bool = True) -> Ite
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which prints a stack and exits with 15
         yield ray.get_runtime_context().gcs_address
     finally:
-        now = psutil.Process().children(recursive=True) if ours else []
-        started = [process for process in now if process not in others]
+        started = set(psutil.Process().children(recursive=True)) - others if ours else set()
         ray.shutdown()
         if ours:
             del os.environ["RAY_ADDRESS"], os.environ["RAY_GCS_SERVER_PORT"]
